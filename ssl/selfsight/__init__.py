@@ -1,0 +1,1 @@
+"""Pretraining of image trunks without labels."""

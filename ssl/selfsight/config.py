@@ -1,0 +1,366 @@
+"""The run's configuration: typed sections, resolvers, and checks that need neither torch nor data.
+
+Hydra composes `conf/` into one tree. The keys of a run itself are typed here (`Run`); the nodes
+with a `_target_` are checked against the signature of what they build, read from its source
+without importing it. So a typo, a wrong type or an impossible combination is one sentence within
+a second, before anything heavy is imported. Nothing else in the package reads configuration:
+constructors take plain arguments.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from selfsight.signatures import Signature, signature
+
+# What a `_target_` may name. Hydra itself would call torch.load or torch.hub.load.
+ALLOWED_TARGETS = tuple(
+    f"selfsight.{home}."
+    for home in ("trunks", "heads", "methods", "optim", "schedules", "data.sources", "evals")
+)
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user asked for; its message is one sentence for the console."""
+
+
+@dataclass
+class Checkpoint:
+    every: int = 500
+    """Updates between two checkpoints."""
+    keep: int = 2
+    """Newest complete checkpoints kept."""
+    at_end: bool = True
+    """Also save after the last update."""
+
+
+@dataclass
+class Loader:
+    workers: int | None = None
+    """Loader processes per device; null takes the cores left over by the compute threads."""
+    prefetch: int = 2
+    """Batches prepared ahead."""
+    max_pixels: int = 100_000_000
+    """Images that declare more pixels than this are not decoded."""
+
+
+@dataclass
+class Pixels:
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Channel means subtracted from pixels in [0, 1]."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Channel standard deviations divided by."""
+
+
+@dataclass
+class Cluster:
+    kind: str = "local"
+    """Where the job runs: `local`, this machine."""
+    processes: int | None = None
+    """Processes of the job, one a device; null takes all GPUs, or one process on CPU."""
+    threads: int | None = None
+    """Compute threads per process; null shares the machine's cores out evenly."""
+    timeout_minutes: float = 30.0
+    """A collective that takes longer than this ends the job."""
+
+
+@dataclass
+class Tracking:
+    log_every: int = 10
+    """Updates between two lines of metrics.jsonl."""
+    progress: bool = True
+    """Draw a progress bar where the output is a terminal."""
+    wandb: str = "auto"
+    """`auto` (where a key is configured), `online`, `offline` or `off`."""
+    wandb_project: str = "selfsight"
+
+
+@dataclass
+class Eval:
+    every: int | None = None
+    """Updates between two evaluations during the run; null takes a tenth of the run."""
+    neighbours: int = 20
+    temperature: float = 0.07
+    batch_size: int = 256
+    """Images per forward pass of the evaluation, on one device."""
+
+
+@dataclass
+class Run:
+    """Everything a run is, apart from what `_target_` nodes build."""
+
+    name: str | None = None
+    runs_dir: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    deterministic: bool | None = None
+    batch_size: int = 256
+    images_per_device: int | None = None
+    gpus: int = 1
+    images: float | None = None
+    epochs: float | None = None
+    steps: Any = None
+    clip_gradients: float | None = None
+    sync_batchnorm_group: int | None = None
+    activation_checkpointing: bool = False
+    resume: str = "strict"
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    loader: Loader = field(default_factory=Loader)
+    pixels: Pixels = field(default_factory=Pixels)
+    cluster: Cluster = field(default_factory=Cluster)
+    tracking: Tracking = field(default_factory=Tracking)
+    eval: Eval = field(default_factory=Eval)
+    views: Any = None
+    model: Any = None
+    method: Any = None
+    optim: Any = None
+    schedule: Any = None
+    data: Any = None
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "resume": ("strict", "anyway"),
+    "cluster.kind": ("local",),
+    "tracking.wandb": ("auto", "online", "offline", "off"),
+}
+
+# Sections whose keys are free of types here, with the keys their yamls may hold.
+SECTION_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("trunk_parameters", "trunk", "head"),
+    "optim": ("optimizer", "weight_decay", "exclude_bias_and_norm"),
+    "schedule": ("base_lr", "lr", "weight_decay"),
+}
+
+CROP_GROUP = "selfsight.data.multicrop.CropGroup"
+
+
+# ------------------------------------------------------------------------------------ resolvers
+
+
+def _updates(images: float | None, epochs: float | None, batch_size: int) -> int | str | None:
+    if images is not None:
+        return int(images) // batch_size
+    return None if epochs is None else "auto"
+
+
+def _devices(batch_size: int, images_per_device: int | None) -> int:
+    return 1 if images_per_device is None else max(1, batch_size // images_per_device)
+
+
+def _parameters_of(kind: str) -> Any:
+    def count(trunk: Mapping[str, Any]) -> int:
+        from selfsight.trunks import geometry
+
+        return getattr(geometry, f"{kind}_parameters")(**trunk)
+
+    return count
+
+
+def site_file() -> Path:
+    """The one file that says where this site keeps its images: SELFSIGHT_SITE or conf/site.yaml."""
+    default = Path(__file__).parents[2] / "conf" / "site.yaml"
+    return Path(os.environ.get("SELFSIGHT_SITE", default))
+
+
+def _site(key: str) -> Any:
+    path = site_file()
+    if not path.is_file():
+        return None
+    value = OmegaConf.select(OmegaConf.load(path), key)
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+
+
+def register_resolvers() -> None:
+    """Make the resolvers that `conf/` uses known to OmegaConf (idempotent)."""
+    resolvers = {
+        "scale_lr": lambda base, batch_size: base * batch_size / 256,
+        "multiply": lambda a, b: a * b,
+        "updates": _updates,
+        "devices": _devices,
+        "regnety_parameters": _parameters_of("regnety"),
+        "vit_parameters": _parameters_of("vit"),
+        "site": _site,
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?` for the known word nearest to `word`, or the known words if few."""
+    leaf = word.rsplit(".", 1)[-1]
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    match = get_close_matches(word, known, n=1, cutoff=0.6)
+    match = match or [by_leaf[m] for m in get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)]
+    if match:
+        return f"; did you mean '{match[0]}'?"
+    return f"; it knows {', '.join(known)}" if 0 < len(known) <= 14 else ""
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a tree, as a.b.c, without resolving anything."""
+    if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+        for key in node:
+            yield f"{prefix}{key}"
+            yield from dotted_keys(node._get_node(key), f"{prefix}{key}.")
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """Every leaf of a configuration, resolved, as {"a.b.c": value}."""
+    leaves: dict[str, Any] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, child in node.items():
+                walk(child, f"{path}.{key}" if path else str(key))
+        else:
+            leaves[path] = node
+
+    walk(OmegaConf.to_container(config, resolve=True), "")
+    return leaves
+
+
+def check(config: DictConfig) -> DictConfig:
+    """Check a composed configuration and return it, typed sections converted.
+
+    Raises:
+        ConfigError: one sentence that names the key and, where there is one, the nearest known.
+    """
+    schema = OmegaConf.structured(Run)
+    for key in config:
+        _known(str(key), list(Run.__dataclass_fields__), "the configuration")
+        node = schema._get_node(str(key))
+        if isinstance(node, DictConfig) and isinstance(config._get_node(key), DictConfig):
+            for child in config[key]:
+                _known(f"{key}.{child}", [f"{key}.{k}" for k in node], f"the section {key}")
+    try:
+        OmegaConf.merge(schema, config)  # types of what is written out
+        counted = config.copy()
+        if config.steps == "auto":  # known once the images are counted; any number till then
+            counted.steps = 10**9
+        resolved = OmegaConf.create(OmegaConf.to_container(counted, resolve=True))
+        OmegaConf.merge(schema, resolved)  # and of what was computed
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(resolved, key)
+        if value not in choices:
+            raise ConfigError(f"{key}={value} is not one of {', '.join(map(str, choices))}")
+    for section, keys in SECTION_KEYS.items():
+        for child in resolved[section] or {}:
+            _known(f"{section}.{child}", [f"{section}.{k}" for k in keys], f"the section {section}")
+    for name, group in (resolved.views or {}).items():
+        _check_call(f"views.{name}", group or {}, signature(CROP_GROUP), exact=False)
+    _check_targets(resolved, "")
+    _check_combinations(resolved)
+    return config
+
+
+def _known(key: str, known: Sequence[str], where: str) -> None:
+    if key not in known:
+        raise ConfigError(f"'{key}' is not a key of {where}{nearest(key, known)}")
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    text = str(error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None)
+    if match := re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", text):
+        value, wanted = match.groups()
+        return f"{key}={value} must be {TYPE_WORDS.get(wanted, wanted)}"
+    return f"{key}: {text}" if key else text
+
+
+TYPE_WORDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+
+
+def _check_targets(node: Any, path: str) -> None:
+    """Check each `_target_` node below `node` against the allow-list and its signature."""
+    if isinstance(node, ListConfig):
+        for index, child in enumerate(node):
+            _check_targets(child, f"{path}[{index}]")
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        target = str(node["_target_"])
+        if not target.startswith(ALLOWED_TARGETS):
+            homes = ", ".join(a.rstrip(".") for a in ALLOWED_TARGETS)
+            raise ConfigError(f"{path}._target_={target} is not allowed: a target lies in {homes}")
+        found = signature(target)
+        if found is None:
+            raise ConfigError(f"{path}._target_={target} does not exist")
+        arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+        _check_call(path, arguments, found, exact=not node.get("_partial_", False))
+    # the model before the method that refers to it, so that a mistake is named where it was made
+    for key, child in sorted(node.items(), key=lambda item: item[0] != "model"):
+        _check_targets(child, f"{path}.{key}" if path else str(key))
+
+
+def _check_call(
+    path: str, arguments: Mapping[Any, Any], found: Signature | None, exact: bool
+) -> None:
+    assert found is not None, path
+    names = [f"{path}.{n}" for n in found.names]
+    for key, value in arguments.items():
+        _known(f"{path}.{key}", names, found.name)
+        if (wanted := found.refuses(str(key), value)) is not None:
+            raise ConfigError(f"{path}.{key}={value!r} must be {wanted}")
+    missing = [n for n in found.required if n not in arguments] if exact else []
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}, which {found.name} needs")
+
+
+def _check_combinations(c: DictConfig) -> None:
+    if c.images is not None and c.epochs is not None:
+        raise ConfigError(
+            f"images={c.images} and epochs={c.epochs} both set the length of the run: "
+            "set one of them to null"
+        )
+    if not (c.steps in (None, "auto") or (isinstance(c.steps, int) and c.steps > 0)):
+        raise ConfigError(f"steps={c.steps} must be a positive number of updates, or null")
+    for key in ("batch_size", "images_per_device", "checkpoint.every", "tracking.log_every"):
+        value = OmegaConf.select(c, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value} must be at least 1")
+    if c.images_per_device is not None and c.batch_size % c.images_per_device:
+        raise ConfigError(
+            f"batch_size={c.batch_size} is not a multiple of images_per_device="
+            f"{c.images_per_device}; {divisors_text(c.batch_size, c.images_per_device)}"
+        )
+    if c.steps is None and "cosine" in str(c.schedule.lr.get("_target_", "")):
+        raise ConfigError(
+            "steps=null runs until it is stopped, and a cosine needs an end: "
+            "set steps, images or epochs, or use schedule=warmup_plateau"
+        )
+    if c.eval.every is not None and c.eval.every < 1:
+        raise ConfigError(f"eval.every={c.eval.every} must be at least 1, or null")
+    crops = [int(g.get("count", 1)) for g in (c.views or {}).values()]
+    if sum(crops) < 2:
+        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least two")
+    queue = c.method.get("queue_length", 0) or 0
+    if queue % c.batch_size:
+        raise ConfigError(
+            f"method.queue_length={queue} must be a multiple of batch_size={c.batch_size}"
+        )
+    if c.name is not None and (Path(c.name).name != c.name or c.name in (".", "..")):
+        raise ConfigError(f"name={c.name!r} must be a plain folder name, without '/'")
+
+
+def divisors_text(batch_size: int, near: int) -> str:
+    """`... divides 256: 16, 32` for the divisors of a batch size nearest to a wish."""
+    divisors = [d for d in range(1, math.isqrt(batch_size) + 1) if batch_size % d == 0]
+    divisors += [batch_size // d for d in divisors]
+    best = sorted(sorted(set(divisors), key=lambda d: abs(d - near))[:4])
+    return f"{batch_size} is divided by {', '.join(map(str, best))}"

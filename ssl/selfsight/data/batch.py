@@ -1,0 +1,52 @@
+"""What one step of training is fed: the views of one batch, grouped by crop size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """The images of one rank in one step.
+
+    Attributes:
+        views: one uint8 tensor a crop group, in the order of the config, of shape
+            (count, b, 3, size, size): `count` views of each of `b` images. Memory is channels last.
+        positions: int64 (b,), the position of each sample in the global stream.
+        labels: int64 (b,), -1 where the source has none.
+    """
+
+    views: list[Tensor]
+    positions: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def micro(self, parts: int) -> list[Batch]:
+        """Cut the batch along its images into `parts` equal slices (views of the same memory)."""
+        if len(self) % parts:
+            raise ValueError(
+                f"{len(self)} images a rank cannot be cut into {parts} equal micro-batches: "
+                "choose a number of accumulation steps that divides the images per rank."
+            )
+        step = len(self) // parts
+        return [
+            Batch(
+                views=[view[:, i : i + step] for view in self.views],
+                positions=self.positions[i : i + step],
+                labels=self.labels[i : i + step],
+            )
+            for i in range(0, len(self), step)
+        ]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to `device`; the copy does not block where the memory allows it."""
+        return Batch(
+            views=[view.to(device, non_blocking=True) for view in self.views],
+            positions=self.positions.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+        )

@@ -1,0 +1,33 @@
+"""What every BatchNorm of a model needs beyond its own forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@contextmanager
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it, BatchNorm in training mode normalises by the batch and keeps nothing of it.
+
+    Running statistics are as before when it ends. For a pass that another one repeats with the same
+    images: the first pass of whole-batch assignments, and the recomputation of a checkpointed block.
+    """
+    # The layers update copies that are thrown away. To say `track_running_stats = False` is not the
+    # same: torch then saves fewer tensors for the backward pass, which checkpointing refuses.
+    kept = []
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            for name in STATISTICS:
+                buffer = layer._buffers.get(name)
+                if buffer is not None:
+                    kept.append((layer, name, buffer))
+                    layer._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for layer, name, buffer in kept:
+            layer._buffers[name] = buffer

@@ -1,0 +1,1 @@
+"""What the features are worth: one file per evaluator."""

@@ -1,0 +1,152 @@
+"""Evaluation inside a run: k-NN on a labelled split, or rank and uniformity where nothing is
+labelled. Images are read once and kept as uint8."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from selfsight.data.evaluation import read_images
+from selfsight.data.sources.source import Source
+from selfsight.evals.features import extract
+from selfsight.evals.knn import knn_top1
+from selfsight.evals.spread import rankme, uniformity
+from selfsight.methods.method import Method
+
+CALIBRATION_IMAGES = 1024
+
+
+class OnlineEvaluation:
+    """Evaluates the trunk during pretraining.
+
+    Args:
+        bank: Labelled images whose features vote, or None.
+        queries: Labelled images to classify, or None.
+        unlabelled: Images for rank and uniformity where `bank` is None.
+        size: Side of the square images, pixels.
+        limit: Most images of the bank and of the queries; evenly spaced ones are taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        bank: Source | None,
+        queries: Source | None,
+        unlabelled: Source,
+        size: int,
+        limit: tuple[int, int],
+        neighbours: int,
+        temperature: float,
+        batch_size: int,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.labelled = bank is not None and queries is not None
+        self.neighbours, self.temperature = neighbours, temperature
+        self.batch_size, self.device, self.autocast = batch_size, device, autocast
+        first = bank if bank is not None and self.labelled else unlabelled
+        self.bank, self.bank_labels = _read(first, limit[0] if self.labelled else limit[1], size)
+        if self.labelled:
+            assert queries is not None
+            self.queries, self.labels = _read(queries, limit[1], size)
+            if min(int(self.labels.min()), int(self.bank_labels.min())) < 0:
+                raise ValueError(
+                    f"{queries.name}: the split for k-NN has images without a label; set "
+                    "data.eval_train=null data.eval_val=null for label-free figures instead"
+                )
+
+    @property
+    def protocol(self) -> str:
+        """What is measured, in words."""
+        if self.labelled:
+            return (
+                f"k-NN (k={self.neighbours}, T={self.temperature}) of {len(self.queries)} images "
+                f"among {len(self.bank)}"
+            )
+        return f"no labels: rank and uniformity of {len(self.bank)} images"
+
+    def run(self, method: Method, *, calibrate: bool = False) -> dict[str, float]:
+        """Figures of the method's trunk; nothing of the method is changed.
+
+        Args:
+            calibrate: Estimate BatchNorm's running statistics on bank images first, for this
+                evaluation only: a trunk fresh from its initialisation has none, and would be judged
+                below its worth.
+        """
+        with calibrated(method.trunk, self._forward(method)) if calibrate else evaluating(method):
+            bank = self._extract(method, self.bank)
+            if not self.labelled:
+                return {"rank": rankme(bank), "uniformity": uniformity(bank)}
+            queries = self._extract(method, self.queries)
+        top1 = knn_top1(
+            bank,
+            self.bank_labels,
+            queries,
+            self.labels,
+            neighbours=self.neighbours,
+            temperature=self.temperature,
+        )
+        return {"knn_top1": top1, "rank": rankme(queries)}
+
+    def _extract(self, method: Method, images: Tensor) -> Tensor:
+        return extract(
+            method.trunk,
+            images,
+            normalize=method.normalize_pixels,
+            batch_size=self.batch_size,
+            device=self.device,
+            autocast=self.autocast,
+        )
+
+    def _forward(self, method: Method) -> Callable[[], object]:
+        return lambda: self._extract(method, self.bank[:CALIBRATION_IMAGES])
+
+
+def _read(source: Source, limit: int, size: int) -> tuple[Tensor, Tensor]:
+    count = min(limit, len(source))
+    indices = [i * len(source) // count for i in range(count)]
+    images, labels, skipped = read_images(source, indices, size=size)
+    if len(images) < 2:
+        raise ValueError(
+            f"{source.name}: only {len(images)} of {count} images for evaluation can be read "
+            f"({skipped[0] if skipped else 'the source is empty'})"
+        )
+    return images, labels
+
+
+@contextmanager
+def evaluating(method: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the former mode of every module after."""
+    modes = [(module, module.training) for module in method.modules()]
+    method.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def calibrated(trunk: nn.Module, forward: Callable[[], object]) -> Iterator[None]:
+    """Evaluation mode with BatchNorm statistics that `forward` has just estimated: averages over
+    its batches. The former statistics are put back after."""
+    norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(n, n.momentum, {k: b.clone() for k, b in n.named_buffers()}) for n in norms]
+    with evaluating(trunk):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over batches
+            norm.train()
+        if norms:
+            forward()
+        for norm in norms:
+            norm.eval()
+        try:
+            yield
+        finally:
+            for norm, momentum, buffers in kept:
+                norm.momentum = momentum
+                for key, value in buffers.items():
+                    norm.get_buffer(key).copy_(value)

@@ -1,0 +1,1 @@
+"""Loss functions and the assignment problems behind them: plain functions of tensors."""

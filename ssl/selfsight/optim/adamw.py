@@ -1,0 +1,49 @@
+"""AdamW (arXiv:1711.05101) as PyTorch has it, with all state made at construction.
+
+A step is masked by `optimizer.found_inf`, as in `selfsight.optim.sgd`: where it is 1, weights, both
+moments and the step count stay as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True) whose moments and step counts exist before the first step.
+
+    Args:
+        params: parameters, or groups of them (`selfsight.optim.groups`).
+        lr: learning rate; the loop sets it in each group before each step.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: for groups that set none of their own; multiplied by the learning rate.
+
+    Raises:
+        ValueError: a rate that cannot be.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        beta1, beta2 = betas  # a configuration hands over its own kind of list
+        super().__init__(
+            params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make its state: zero moments and a zero step count a parameter."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -1,0 +1,24 @@
+"""The norm of all gradients together, and clipping by it."""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from selfsight.optim.lars import norms
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: Optimizer, *, clip: float | None = None) -> Tensor:
+    """Euclidean norm of all gradients, a scalar on their device; not finite if one of them is not.
+
+    Args:
+        optimizer: Whose parameters' gradients; parameters without one are left out.
+        clip: Largest norm: gradients beyond are scaled down to it, in place.
+    """
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    norm = torch.linalg.vector_norm(norms(gradients))
+    if clip is not None:
+        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
+    return norm

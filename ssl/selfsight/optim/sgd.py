@@ -1,0 +1,52 @@
+"""SGD with momentum as PyTorch has it, with all state made at construction and a masked step.
+
+`optimizer.found_inf`, a float tensor on the parameters' device, masks a step without a look from
+the host: where it is 1, neither weights nor momentum change, whatever the gradients hold. That is
+PyTorch's own protocol between GradScaler and its fused optimisers, which is why the fused kernels
+are not optional here. A parameter without a gradient is left alone altogether: no decay and no
+momentum, as SwAV's frozen prototypes need.
+"""
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+
+class SGD(torch.optim.SGD):
+    """torch.optim.SGD(fused=True) whose momentum exists before the first step.
+
+    Args:
+        params: parameters, or groups of them (`selfsight.optim.groups`).
+        lr: learning rate; the loop sets it in each group before each step.
+        momentum: weight of the past updates, more than 0 (the checkpoint holds a buffer for it).
+        weight_decay: for groups that set none of their own.
+        nesterov: look ahead along the momentum.
+
+    Raises:
+        ValueError: a momentum or rate that cannot be.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            fused=True,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make its momentum: zeros, which the first step turns into gradients."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -1,0 +1,140 @@
+"""What a run needs of the process it lives in: shares of the batch, threads, memory, seeds, stops."""
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from selfsight.config import divisors_text
+from selfsight.distributed import collectives
+from selfsight.distributed.env import World
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def shares(batch_size: int, images_per_device: int | None, ranks: int) -> tuple[int, int]:
+    """This rank's images of a global batch, and the micro-batches they go through in.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    if batch_size % ranks:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over {ranks} processes; "
+            f"{divisors_text(batch_size, ranks)}"
+        )
+    own = batch_size // ranks
+    if images_per_device is None or images_per_device >= own:
+        return own, 1
+    if own % images_per_device:
+        raise ValueError(
+            f"the {own} images of a process (batch_size={batch_size} over {ranks}) do not divide "
+            f"into images_per_device={images_per_device}; {divisors_text(own, images_per_device)}"
+        )
+    return own, own // images_per_device
+
+
+def autocast_factory(
+    device: torch.device, precision: str
+) -> Callable[[], AbstractContextManager[None]]:
+    """A maker of autocast contexts for `precision`: fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=PRECISIONS[precision])
+
+
+def threads_per_process(asked: int | None, local_size: int) -> int:
+    """Compute threads of one process: as asked, or the machine's cores shared out."""
+    return asked or max(1, usable_cores() // local_size)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (a job's share, not the machine's count)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(asked: int | None, world: World) -> int:
+    """Loader processes of this rank. By default a GPU gets its share of the cores, at most 8; on
+    CPU one, whose work fills the gaps that compute threads leave."""
+    if asked is not None:
+        return asked
+    if world.device.type == "cpu":
+        return 1
+    return max(1, min(8, usable_cores() // world.local_size))
+
+
+def seed_forward(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Seed torch for one forward pass: dropout masks depend on nothing that came before it."""
+    state = np.random.SeedSequence((seed, step, rank, micro_batch)).generate_state(2, np.uint32)
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on the device now; None if that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def refuse_too_large(method: nn.Module, world: World) -> None:
+    """Refuse a method (built on meta) whose weights, gradients and momentum cannot fit.
+
+    Raises:
+        ValueError: with what is needed and what there is.
+    """
+    needed = 12 * sum(p.numel() for p in method.parameters() if p.requires_grad)
+    free = free_memory(world.device)
+    if free is None:
+        return
+    if world.device.type != "cuda":
+        free //= world.local_size
+    if needed > free:
+        raise ValueError(
+            f"this model needs {needed / 1e9:.1f} GB for weights, gradients and momentum alone, and "
+            f"{world.device} has {free / 1e9:.1f} GB free for each process: choose a smaller model= "
+            "or a larger machine"
+        )
+
+
+class StopRequest:
+    """Ctrl-C as a wish: the loop ends at the next step boundary, saved. A second one ends at once.
+
+    Ranks agree at log lines, so that all leave after the same step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self.agreed = False
+        try:
+            self._former = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not the main thread: somebody else handles signals
+            self._former = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def agree(self) -> bool:
+        """Whether any rank was asked to stop. A collective: all ranks call it at the same step."""
+        flag = torch.tensor(float(self._asked))
+        self.agreed = bool(collectives.all_reduce_max(flag))
+        return self.agreed
+
+    def close(self) -> None:
+        """Give the signal back to whom it belonged."""
+        if self._former is not None:
+            signal.signal(signal.SIGINT, self._former)

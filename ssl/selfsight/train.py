@@ -1,0 +1,203 @@
+"""The training loop, read top to bottom: one run, from a checked configuration to its last line."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from selfsight.build import as_text, build
+from selfsight.data.ledger import Ledger
+from selfsight.data.loader import Loader
+from selfsight.data.multicrop import CropGroup, MultiCrop
+from selfsight.distributed import collectives
+from selfsight.distributed.env import World
+from selfsight.distributed.parallelize import no_sync, parallelize
+from selfsight.evals.online import OnlineEvaluation
+from selfsight.journal import Journal
+from selfsight.methods.method import Method, Now
+from selfsight.optim.gradients import gradient_norm
+from selfsight.optim.groups import parameter_groups, set_hyperparameters
+from selfsight.runtime import (
+    StopRequest,
+    autocast_factory,
+    loader_workers,
+    refuse_too_large,
+    seed_forward,
+    shares,
+    threads_per_process,
+)
+from selfsight.schedules import Plateau
+from selfsight.state import TrainState
+from selfsight.tracking.window import Clock, Window
+
+
+def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
+    """Run, or continue, the run `name` as this rank of `world`; returns its summary.
+
+    Raises:
+        ValueError: one sentence about something asked for that cannot be done.
+    """
+    # ------------------------------------------------------------------------------- set-up
+    device = world.device
+    on_cpu = device.type == "cpu"
+    torch.use_deterministic_algorithms(on_cpu if config.deterministic is None else config.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_num_threads(threads_per_process(config.cluster.threads, world.local_size))
+    autocast = autocast_factory(device, config.precision)
+    own_images, parts = shares(config.batch_size, config.images_per_device, world.size)
+    journal = Journal(config, name, world)
+    journal.open()
+
+    # --------------------------------------------------------------------------------- data
+    source = build(config.data.train)
+    if config.steps == "auto":
+        config.steps = math.ceil(config.epochs * len(source) / config.batch_size)
+    steps: int | None = config.steps
+    views = OmegaConf.to_container(config.views, resolve=True)
+    assert isinstance(views, dict)
+    multicrop = MultiCrop({str(group): CropGroup(**crops) for group, crops in views.items()})
+
+    # ------------------------------------------------------------------------------- method
+    with torch.device("meta"):
+        refuse_too_large(build(config.method), world)
+    torch.manual_seed(config.seed)
+    method: Method = build(config.method)
+    method.set_pixels(config.pixels.mean, config.pixels.std)
+    method.to(device)
+
+    # ------------------------------------------------------------------------- parallelise
+    model = parallelize(
+        method,
+        units=method.trunk.units(),
+        world=world,
+        syncbn_group_size=config.sync_batchnorm_group or world.size,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+    # ------------------------------------------------------------- optimiser and schedules
+    optimizer = build(config.optim.optimizer)(
+        parameter_groups(
+            method.named_parameters(),
+            weight_decay=config.optim.weight_decay,
+            exclude_bias_and_norm=config.optim.exclude_bias_and_norm,
+        )
+    )
+    schedules = {key: build(config.schedule[key]) for key in ("lr", "weight_decay")}
+    plateaus = {key: item for key, item in schedules.items() if isinstance(item, Plateau)}
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+    # ------------------------------------------------------------------------------- resume
+    state = TrainState(
+        method,
+        optimizer,
+        cursors=torch.zeros(config.batch_size, dtype=torch.int64),
+        small={"scaler": scaler, **plateaus},
+    )
+    journal.resume(state)
+    if steps is not None and state.step >= steps:
+        return journal.already_complete(state)
+
+    # ------------------------------------------------------- loader, evaluation, first figures
+    evaluation = OnlineEvaluation(
+        bank=build(config.data.eval_train) if config.data.eval_train else None,
+        queries=build(config.data.eval_val) if config.data.eval_val else None,
+        unlabelled=source,
+        size=config.data.eval_size,
+        limit=tuple(config.data.eval_limit),
+        neighbours=config.eval.neighbours,
+        temperature=config.eval.temperature,
+        batch_size=config.eval.batch_size,
+        device=device,
+        autocast=autocast,
+    )
+    eval_every = config.eval.every or (max(1, -(-steps // 5)) if steps else 1000)
+    loader = Loader(
+        source,
+        multicrop,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=loader_workers(config.loader.workers, world),
+        prefetch=config.loader.prefetch,
+        cursors=state.cursors.view(world.size, -1)[world.rank].clone(),
+        ledger=Ledger(journal.folder.ledger),
+        max_pixels=config.loader.max_pixels,
+    )
+    journal.introduce(source, evaluation, own_images=own_images, parts=parts)
+    if state.step == 0:
+        journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
+
+    # -------------------------------------------------------------------------------- steps
+    method.train()
+    window, clock, stop = Window(), Clock(config.batch_size), StopRequest()
+    skipped = torch.zeros((), device=device)
+    try:
+        while (steps is None or state.step < steps) and not stop.agreed:
+            # global batch number `state.step`: this rank's lanes, as uint8, in micro-batches
+            batches = [part.to(device) for part in next(loader).micro(parts)]
+            values = {key: schedule(state.step) for key, schedule in schedules.items()}
+            reseed = partial(seed_forward, config.seed, state.step, world.rank)
+            now = Now(state.step, steps, values, reseed)
+
+            # forward and backward
+            with autocast():
+                plan = method.plan(batches, now) if parts > 1 else [None]
+            loss = torch.zeros((), device=device)
+            for index, batch in enumerate(batches):
+                reseed(index)
+                with no_sync(model, index < parts - 1):
+                    with autocast():
+                        part_loss, metrics = model(batch, now, plan[index])
+                    scaler.scale(part_loss / parts).backward()
+                loss += part_loss.detach() / parts
+                window.add(metrics)
+            method.after_backward(now)
+
+            # the update, masked on the device if a loss or gradient of any rank is not finite
+            if scaler.is_enabled():
+                scaler.unscale_(optimizer)
+            norm = gradient_norm(optimizer, clip=config.clip_gradients)
+            bad = collectives.all_reduce_max((~(norm.isfinite() & loss.isfinite())).float())
+            set_hyperparameters(optimizer, lr=values["lr"], weight_decay=values["weight_decay"])
+            optimizer.found_inf = bad
+            optimizer.step()
+            optimizer.zero_grad()
+            if scaler.is_enabled():
+                scaler.update()
+            method.after_step(now, ok=bad == 0)
+            window.add({"loss": loss, "gradient_norm": norm})
+            skipped += bad
+            state.step += 1
+            clock.update()
+            journal.advance()
+
+            # figures, evaluation, checkpoint
+            last = state.step == steps
+            saves = state.step % config.checkpoint.every == 0 or (last and config.checkpoint.at_end)
+            evaluates = last or state.step % eval_every == 0
+            if state.step % config.tracking.log_every == 0 or saves or evaluates:
+                saves = stop.agree() or saves
+                figures = method.figures(*window.reduce())
+                for plateau in plateaus.values():
+                    plateau.observe(state.step, figures["loss"])
+                new_skips = int(skipped)
+                skipped.zero_()
+                rates = clock.rates(loader.wait_seconds)
+                journal.record_line(state, now, figures, rates, new_skips, method)
+            with clock.paused():
+                if evaluates:
+                    journal.record_evaluation(state, evaluation.run(method))
+                if saves:
+                    state.cursors = collectives.all_gather_rows(loader.cursors)
+                    journal.save(state)
+    finally:
+        loader.close()
+        stop.close()
+        journal.close_progress()
+
+    # ---------------------------------------------------------------------------------- end
+    return journal.finish(state, method, complete=not stop.agreed or state.step == steps)

@@ -1,0 +1,1 @@
+"""Image trunks: the networks that are pretrained."""
