@@ -4,6 +4,7 @@ The loop calls it at set moments and stays free of formatting. Only the main ran
 what is a collective is called by all.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sized
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from selfsight.config import ConfigError, flat
 from selfsight.distributed import checkpoint, collectives
 from selfsight.distributed.env import World
+from selfsight.distributed.payload import write_tensors
 from selfsight.methods.method import Method, Now
 from selfsight.state import TrainState
 from selfsight.tracking.console import Console, duration
@@ -89,15 +91,17 @@ class Journal:
         Raises:
             ForeignCheckpoint: it does not fit this model.
         """
-        found, notices = checkpoint.latest(self.folder.checkpoints)
-        self._notices = [str(notice) for notice in notices]
+        newest = None
+        if self.world.main:  # one rank chooses, so that all go on from the same one
+            newest = checkpoint.latest(self.folder.checkpoints, notice=self._notices.append)
+        found = collectives.broadcast_json(str(newest) if newest else None)
         if found is None:
             return
-        tensors, manifest = checkpoint.load(found)
-        state.restore(tensors, manifest.scalars, str(found))
+        tensors, manifest = checkpoint.load(found, checked=True)
+        state.restore(tensors, manifest["scalars"], found)
         self._first_step = state.step
         self._notices.append(f"continuing {self.folder.path} after step {state.step}")
-        threads, before = torch.get_num_threads(), manifest.scalars.get("threads")
+        threads, before = torch.get_num_threads(), manifest["scalars"].get("threads")
         if before not in (None, threads):
             self._notices.append(
                 f"it ran with {before} threads per process and now with {threads}: results will "
@@ -209,6 +213,7 @@ class Journal:
                     state.step,
                     state.tensors(),
                     scalars,
+                    config_hash=self._config_hash(),
                     keep=self.config.checkpoint.keep,
                     world_size=self.world.size,
                 )
@@ -228,11 +233,9 @@ class Journal:
         if not complete:
             self._say(f"stopped after step {state.step}; the same command with name={self.name} goes on")
             return self._close()
-        checkpoint.write_safetensors(
-            self.folder.trunk,
-            {k: v.detach() for k, v in method.trunk.state_dict().items()},
-            metadata=self._trunk_metadata(state),
-        )
+        part = self.folder.trunk.with_name(".trunk.part")
+        write_tensors(part, method.trunk.state_dict(), self._trunk_metadata(state))
+        part.replace(self.folder.trunk)
         took = duration(time.monotonic() - self.started)
         rate = self.line.get("images_per_second")
         self._say(f"done: {state.step} updates in {took}" + (f", {rate:.0f} img/s" if rate else ""))
@@ -278,6 +281,10 @@ class Journal:
             verdict_text=self.judge.text,
             **state.figures,
         )
+
+    def _config_hash(self) -> str:
+        bound = {k: v for k, v in flat(self.config).items() if not k.startswith(FREE)}
+        return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
     def _trunk_metadata(self, state: TrainState) -> dict[str, str]:
         c = self.config

@@ -46,16 +46,16 @@ def test_permutation_places_are_uniform_over_keys():
 
 
 def test_permutations_of_short_lengths_all_occur():
-    seen = Counter(
-        tuple(Permutation(3, hash64(key))(np.arange(3)).tolist()) for key in range(3000)
-    )
+    seen = Counter(tuple(Permutation(3, hash64(key))(np.arange(3)).tolist()) for key in range(3000))
     assert len(seen) == 6 and min(seen.values()) > 300
 
 
 def test_epochs_are_uncorrelated():
     length = 5000
     stream = Stream(length, 1, seed=0)
-    orders = np.array([[stream.entry(0, e * length + i).item for i in range(length)] for e in (0, 1)])
+    orders = np.array(
+        [[stream.entry(0, e * length + i).item for i in range(length)] for e in (0, 1)]
+    )
     assert abs(np.corrcoef(orders)[0, 1]) < 4 / np.sqrt(length)
     assert (orders[0] == orders[1]).sum() < 10
 

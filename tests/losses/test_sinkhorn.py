@@ -1,20 +1,19 @@
 """Sinkhorn against a float64 log-domain form, over split ranks, and what it costs."""
 
 import math
-import os
-import socket
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selfsight.distributed import collectives
+from selfsight.distributed.env import World
 from selfsight.losses.precision import full_precision
 from selfsight.losses.sinkhorn import sinkhorn
+from tests.parallel.ranks import on_ranks
 
 
 def reference(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
@@ -222,34 +221,22 @@ def test_split_over_ranks_equals_the_whole(name: str, epsilon: float):
     assert lockstep.calls == [(2, 1, scores.shape[2])] * sums
 
 
-def _solve_on_a_rank(rank: int, ranks: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    try:
-
-        def add(tensor: Tensor) -> Tensor:
-            total = tensor.clone()
-            dist.all_reduce(total)
-            return total
-
-        for epsilon in (0.05, 0.005):
-            part = cosines(64, 48, 16).chunk(ranks, dim=1)[rank]
-            codes = sinkhorn(
-                part, epsilon=epsilon, iterations=5, global_samples=64, sum_over_ranks=add
-            )
-            torch.save(codes, f"{folder}/{epsilon}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _codes_of_a_rank(world: World) -> list[Tensor]:
+    return [
+        sinkhorn(
+            cosines(64, 48, 16).chunk(world.size, dim=1)[world.rank],
+            epsilon=epsilon,
+            iterations=5,
+            global_samples=64,
+            sum_over_ranks=collectives.all_reduce_sum,
+        )
+        for epsilon in (0.05, 0.005)
+    ]
 
 
-def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_solve_on_a_rank, args=(2, port, str(tmp_path)), nprocs=2)
-    for epsilon in (0.05, 0.005):
-        parts = [torch.load(tmp_path / f"{epsilon}-{rank}.pt") for rank in range(2)]
+def test_two_processes_equal_one():
+    ranks = on_ranks(2, _codes_of_a_rank)
+    for epsilon, parts in zip((0.05, 0.005), zip(*ranks, strict=True), strict=True):
         whole = sinkhorn(cosines(64, 48, 16), epsilon=epsilon, iterations=5)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-6)
 

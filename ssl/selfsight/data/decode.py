@@ -2,8 +2,8 @@
 
 JPEG goes through simplejpeg (libjpeg-turbo, strict: damaged data is an error), everything else, and
 any JPEG that it refuses, through Pillow. The pixel limit is checked against the header, before
-anything is decoded: a file of some kilobytes can declare gigabytes. torchvision's `decode_image`
-is not used: damaged PNG files crash the process there.
+anything is decoded: a file of some kilobytes can declare gigabytes (Pillow's own limit, 179 million
+pixels, stays). torchvision's `decode_image` is not used: damaged PNG files crash the process there.
 
 What becomes RGB how: EXIF orientation is applied; transparency is laid over white, as a web page
 shows it; 16-bit values are scaled by 255/65535; wider integers and floats by their own range, or
@@ -98,8 +98,6 @@ class Encoded:
             with _QUIET:
                 image = Image.open(io.BytesIO(self._data))
                 width, height = image.size
-        except DecodeError:
-            raise
         except Exception as error:
             raise DecodeError(_reason(error)) from error
         self._check(width, height)

@@ -197,11 +197,10 @@ class _Worker:
         self.done.append(message)
 
     def stop(self) -> None:
-        """End it. It holds nothing that would need an orderly end."""
+        """End it, at once: it holds nothing that would need an orderly end."""
         self.pipe.close()
         self.process.terminate()
         self.process.join()
-        self.process.close()
 
     def _start(self) -> None:
         self.pipe, theirs = _CONTEXT.Pipe()

@@ -13,8 +13,8 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     """Within it, BatchNorm in training mode normalises by the batch and keeps nothing of it.
 
-    Running statistics are as before when it ends. For a pass that another one repeats with the same
-    images: the first pass of whole-batch assignments, and the recomputation of a checkpointed block.
+    Running statistics are as before when it ends. For a pass that another one repeats on the same
+    images: the first pass of whole-batch assignments, or recomputation of a checkpointed block.
     """
     # The layers update copies that are thrown away. To say `track_running_stats = False` is not the
     # same: torch then saves fewer tensors for the backward pass, which checkpointing refuses.

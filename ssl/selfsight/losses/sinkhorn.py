@@ -54,9 +54,9 @@ def sinkhorn(
         iterations: normalisations of prototypes and samples, at least 1.
         global_samples: samples of all ranks together, B if not given. The assignments do not
             depend on it; it keeps the factors near 1.
-        sum_over_ranks: returns the sum of a tensor over all ranks, which every rank must call
-            equally often: `iterations` times with (A, 1, K) values in the scaling form, once more
-            in the log form.
+        sum_over_ranks: returns the sum of a tensor over all ranks, in a tensor that may be changed.
+            Every rank calls it equally often: `iterations` times with (A, 1, K) values in the
+            scaling form, once more in the log form.
         method: "scaling" (two matrix-vector products an iteration; epsilon >= 0.025), "log" (a
             softmax an iteration; any epsilon), or "auto", which takes the first where it may.
 
@@ -136,9 +136,11 @@ def _log(
     totals = sum_over_ranks((local - shift).exp_())
     by_prototype = log_share - shift - totals.log_()
 
-    codes = torch.softmax(logits + by_prototype, dim=2)
+    shifted = logits + by_prototype
+    codes = torch.softmax(shifted, dim=2)
     for _ in range(iterations - 1):
         totals = sum_over_ranks(codes.sum(dim=1, keepdim=True))
         by_prototype += log_share - totals.log_()
-        codes = torch.softmax(logits + by_prototype, dim=2)
+        torch.add(logits, by_prototype, out=shifted)
+        torch.softmax(shifted, dim=2, out=codes)
     return codes

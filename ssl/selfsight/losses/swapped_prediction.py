@@ -62,7 +62,7 @@ def _target(total: Tensor, codes: Tensor, assign: tuple[int, ...], crop: int) ->
 
 
 class _SwappedPrediction(torch.autograd.Function):
-    """Keeps the log-probabilities of all crops between forward and backward, and nothing else."""
+    """Keeps the probabilities of all crops between forward and backward, and the codes."""
 
     @staticmethod
     def forward(
@@ -72,19 +72,22 @@ class _SwappedPrediction(torch.autograd.Function):
         crops = sum(scores.shape[0] for scores in scores_by_view)
         weight = 1 / (len(assign) * (crops - 1) * codes.shape[1])
         total = codes.sum(dim=0)
-        log_probabilities, products, crop = [], [], 0
+        probabilities: list[Tensor] = []
+        costs: list[Tensor] = []
+        crop = 0
         with full_precision(codes.device):
             for scores in scores_by_view:
                 logits = torch.div(scores.to(codes.dtype), temperature)
-                log_p = torch.log_softmax(logits, dim=2)
-                del logits
-                log_probabilities.append(log_p)
-                for one in log_p:
-                    target, _ = _target(total, codes, assign, crop)
-                    products.append((one * target).sum())  # a dot product adds less exactly
+                p = torch.softmax(logits, dim=2)
+                # The logarithm of the sum of exponentials, without another pass of them.
+                log_sums = (logits.amax(dim=2) - p.amax(dim=2).log_()).sum(dim=1)
+                for one, log_sum in zip(logits, log_sums, strict=True):
+                    target, targets = _target(total, codes, assign, crop)
+                    costs.append(log_sum * targets - (one * target).sum())
                     crop += 1
-            loss = torch.stack(products).sum() * -weight
-        ctx.save_for_backward(codes, total, *log_probabilities)
+                probabilities.append(p)
+            loss = torch.stack(costs).sum() * weight
+        ctx.save_for_backward(codes, total, *probabilities)
         ctx.assign, ctx.factor = assign, weight / temperature
         ctx.dtypes = [scores.dtype for scores in scores_by_view]
         return loss
@@ -92,22 +95,23 @@ class _SwappedPrediction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        codes, total, *log_probabilities = ctx.saved_tensors
+        codes, total, *probabilities = ctx.saved_tensors
         # d loss / d scores = weight / temperature * (targets * softmax - target), as codes sum to 1
         factor = grad_outputs[0] * ctx.factor
         gradients: list[Tensor | None] = []
         crop = 0
-        for log_p, dtype, needed in zip(
-            log_probabilities, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
+        for p, dtype, needed in zip(
+            probabilities, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
         ):
-            gradient = torch.exp(log_p) if needed else None
-            for number in range(log_p.shape[0] if gradient is not None else 0):
+            gradient = torch.empty_like(p) if needed else None
+            for number in range(p.shape[0] if gradient is not None else 0):
                 target, targets = _target(total, codes, ctx.assign, crop + number)
                 assert gradient is not None
-                one = gradient[number]
-                if targets != 1:
-                    one.mul_(targets)
-                one.sub_(target).mul_(factor)
+                if targets:
+                    torch.sub(p[number], target, alpha=1 / targets, out=gradient[number])
+                    gradient[number].mul_(factor * targets)
+                else:
+                    gradient[number].zero_()
             gradients.append(gradient.to(dtype) if gradient is not None else None)
-            crop += log_p.shape[0]
+            crop += p.shape[0]
         return None, None, None, *gradients

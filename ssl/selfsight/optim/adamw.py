@@ -7,6 +7,7 @@ moments and the step count stay as they are.
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 
@@ -23,6 +24,9 @@ class AdamW(torch.optim.AdamW):
     Raises:
         ValueError: a rate that cannot be.
     """
+
+    found_inf: Tensor  # set by the loop; there is no default, as GradScaler asks for none
+    grad_scale: Tensor
 
     def __init__(
         self,

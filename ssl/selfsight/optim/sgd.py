@@ -10,6 +10,7 @@ momentum, as SwAV's frozen prototypes need.
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 
@@ -26,6 +27,9 @@ class SGD(torch.optim.SGD):
     Raises:
         ValueError: a momentum or rate that cannot be.
     """
+
+    found_inf: Tensor  # set by the loop; there is no default, as GradScaler asks for none
+    grad_scale: Tensor
 
     def __init__(
         self,

@@ -33,22 +33,26 @@ class PackedNpz(Source):
         if not self.path.is_file():
             raise ValueError(f"the packed file {path} does not exist.")
         self.prepare()
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                names = sorted(arrays.files)
-                if f"{split}_bytes" not in names or f"{split}_offsets" not in names:
-                    splits = [n.removesuffix("_bytes") for n in names if n.endswith("_bytes")]
-                    raise ValueError(
-                        f"{path} has no split {split!r}: it has {', '.join(splits) or 'none'}."
-                    )
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(f"{path} is not an .npz file.")
+        with np.load(self.path, allow_pickle=False) as arrays:
+            names = arrays.files
+            splits = [n.removesuffix("_bytes") for n in names if n.endswith("_bytes")]
+            if split not in splits or f"{split}_offsets" not in names:
+                raise ValueError(
+                    f"{path} has no split {split!r}: it has {', '.join(splits) or 'none'}."
+                )
+            try:
                 self._offsets = arrays[f"{split}_offsets"].astype(np.int64)
                 self._labels = (
                     arrays[f"{split}_labels"].astype(np.int64)
                     if f"{split}_labels" in names
                     else None
                 )
-        except (zipfile.BadZipFile, EOFError, AttributeError) as error:
-            raise ValueError(f"{path} is not an .npz file ({error}).") from None
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"the offsets or labels of {split!r} in {path} are not plain integers."
+                ) from None
         if len(self._offsets) < 2:
             raise ValueError(f"the split {split!r} of {path} holds no image.")
 

@@ -159,7 +159,7 @@ def _index(path: Path) -> list[tuple[str, int, int, int]]:
                 if not member.isreg() or member.issparse():
                     continue
                 folder, _, base = member.name.rpartition("/")
-                if base.startswith("."):
+                if not base or base.startswith("."):
                     continue
                 stem, _, extension = base.partition(".")
                 sample = f"{folder}/{stem}"
