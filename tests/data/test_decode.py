@@ -114,6 +114,12 @@ def test_what_is_no_image(hostile):
             decode(data)
 
 
+def test_postscript_is_not_run():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n%%EOF\n"
+    with pytest.raises(DecodeError, match="EPS is a program"):
+        decode(eps)
+
+
 def test_pixel_limit_is_checked_against_the_header(picture, encode, hostile):
     with pytest.raises(DecodeError, match="900000000 pixels"):
         Encoded(hostile["bomb.png"])

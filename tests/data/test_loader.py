@@ -164,14 +164,13 @@ def test_fewer_images_than_lanes(tmp_path, encode, picture):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_is_replaced(sources, expected, victim):
     with Loader(sources["folder"], multicrop(), batch_size=BATCH, seed=5, workers=2) as loader:
-        batches = take(loader, 2)
+        batches = take(loader, 1)
         for _ in range(2):  # twice, with progress in between
             pid = loader._workers[victim].process.pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
-            batches += take(loader, 2)
+            batches += take(loader, 3)  # two may have been ready, the third needs a new worker
             assert loader._workers[victim].process.pid != pid
-        batches += take(loader, STEPS - 6)
     assert same(batches, expected["folder"])
 
 

@@ -70,8 +70,6 @@ class Encoded:
                 pixels = _to_rgb(image)
         except Exception as error:  # Pillow's plugins raise almost anything on damaged data
             raise DecodeError(_reason(error)) from error
-        if pixels.size == 0:
-            raise DecodeError("no pixels")
         return pixels
 
     def _open_jpeg(self) -> tuple[int, int] | None:
@@ -101,12 +99,16 @@ class Encoded:
         except Exception as error:
             raise DecodeError(_reason(error)) from error
         self._check(width, height)
+        if image.format == "EPS":
+            raise DecodeError("EPS is a program: decoding it would run an interpreter")
         self._image = image
         # Pillow turns TIFF files by itself, and reports the size after it.
         swap = image.format != "TIFF" and _orientation(image) >= 5
         return (height, width) if swap else (width, height)
 
     def _check(self, width: int, height: int) -> None:
+        if width < 1 or height < 1:
+            raise DecodeError("no pixels")
         if width * height > self._max_pixels:
             raise DecodeError(
                 f"{width}x{height} pixels, more than the limit of {self._max_pixels:,}"

@@ -18,6 +18,7 @@ import traceback
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 
 import cv2
@@ -45,6 +46,17 @@ _CONTEXT = (
     if "forkserver" in _METHODS
     else multiprocessing.get_context("spawn")
 )
+
+
+def start_server() -> None:
+    """Start the process that workers are forked from, in the background.
+
+    A loader with workers does it by itself; called at the start of a program, the seconds that
+    importing torch takes there overlap with what the program does before its first batch.
+    """
+    if _CONTEXT.get_start_method() == "forkserver":
+        _CONTEXT.set_forkserver_preload(["__main__", __name__])
+        forkserver.ensure_running()
 
 
 @dataclass
@@ -288,7 +300,7 @@ class Loader:
         if not workers:
             self._reader = LaneReader(source, multicrop, stream, lanes, max_pixels)
             return
-        _CONTEXT.set_forkserver_preload([__name__])  # no effect on "spawn"
+        start_server()
         bounds = [len(lanes) * n // workers for n in range(workers + 1)]
         for first, end in pairwise(bounds):
             reader = LaneReader(source, multicrop, stream, lanes[first:end], max_pixels)
