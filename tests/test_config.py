@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
 from selfsight import config as configuration
 from selfsight.build import build, compose
 from selfsight.config import ConfigError, check
@@ -156,6 +157,7 @@ MISTAKES = [
     (["method.queue_length=100"], "must be a multiple of batch_size"),
     (["name=../up"], "must be a plain folder name"),
     (["checkpoint.every=0"], "must be at least 1"),
+    (["steps=50", "schedule.lr.warmup_steps=60"], "schedule.lr.warmup_steps=60 is longer"),
     (["steps=-5"], "must be a positive number"),
 ]
 
@@ -216,7 +218,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_literal_command_prints_seer():
     done = run("model=regnety_256gf", "data=uncurated_stream", "--cfg", "job", "--resolve")
     assert done.returncode == 0, done.stderr
-    printed = configuration.flat(OmegaConf.create(done.stdout))
+    printed = OmegaConf.create(done.stdout)
+    assert isinstance(printed, DictConfig)
+    printed = configuration.flat(printed)
     for key, value in {**SEER, **TRUNKS["regnety_256gf"]}.items():
         assert printed[key] == value, key
     assert printed["schedule.lr.peak"] == pytest.approx(9.6)

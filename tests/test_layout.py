@@ -31,5 +31,7 @@ def test_only_their_homes_name_hydra_and_wandb():
 
 def test_no_file_is_too_long_to_read():
     files = [*ROOT.glob("ssl/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
-    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 450}
+    long = {
+        str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 450
+    }
     assert not long, long

@@ -57,6 +57,10 @@ def application(
     `run` gets the checked configuration and the run's name. A mistake in the command line, found
     here or later (a `ValueError`), is one sentence on stderr and exit status 2, no traceback.
     """
+    # Before torch is imported: OpenMP threads that wait for each other in a loop starve the
+    # loader's processes, and on busy cores themselves (tried: 2 threads on 2 shared cores, 5 times
+    # slower).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = str(conf or Path(__file__).parents[2] / "conf")
     configuration.register_resolvers()
     asks_hydra = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(sys.argv[1:])

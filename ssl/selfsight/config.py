@@ -187,6 +187,7 @@ def register_resolvers() -> None:
         "scale_lr": lambda base, batch_size: base * batch_size / 256,
         "multiply": lambda a, b: a * b,
         "updates": _updates,
+        "warmup": lambda steps, share: int(steps * share) if isinstance(steps, int) else 100,
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),
@@ -218,7 +219,7 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(node._get_node(key), f"{prefix}{key}.")
 
 
-def flat(config: DictConfig) -> dict[str, Any]:
+def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
     """Every leaf of a configuration, resolved, as {"a.b.c": value}."""
     leaves: dict[str, Any] = {}
 
@@ -251,7 +252,8 @@ def check(config: DictConfig) -> DictConfig:
         counted = config.copy()
         if config.steps == "auto":  # known once the images are counted; any number till then
             counted.steps = 10**9
-        resolved = OmegaConf.create(OmegaConf.to_container(counted, resolve=True))
+        resolved = counted.copy()
+        OmegaConf.resolve(resolved)
         OmegaConf.merge(schema, resolved)  # and of what was computed
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
@@ -343,6 +345,12 @@ def _check_combinations(c: DictConfig) -> None:
         raise ConfigError(
             "steps=null runs until it is stopped, and a cosine needs an end: "
             "set steps, images or epochs, or use schedule=warmup_plateau"
+        )
+    warmup = c.schedule.lr.get("warmup_steps") or 0
+    if isinstance(c.steps, int) and warmup > c.steps:
+        raise ConfigError(
+            f"schedule.lr.warmup_steps={warmup} is longer than the run of steps={c.steps}: "
+            "lower the one or raise the other"
         )
     if c.eval.every is not None and c.eval.every < 1:
         raise ConfigError(f"eval.every={c.eval.every} must be at least 1, or null")

@@ -231,7 +231,9 @@ class Journal:
         self._summarise(state, "complete" if complete else "stopped")
         path = self.folder.path
         if not complete:
-            self._say(f"stopped after step {state.step}; the same command with name={self.name} goes on")
+            self._say(
+                f"stopped after step {state.step}; the same command with name={self.name} goes on"
+            )
             return self._close()
         part = self.folder.trunk.with_name(".trunk.part")
         write_tensors(part, method.trunk.state_dict(), self._trunk_metadata(state))
@@ -241,7 +243,9 @@ class Journal:
         self._say(f"done: {state.step} updates in {took}" + (f", {rate:.0f} img/s" if rate else ""))
         self._say(f"state: {self.judge.text}")
         self._say(f"trunk: {self.folder.trunk}   figures: {path / 'metrics.jsonl'}")
-        self._say(f"more:  python launch/pretrain.py data=folder data.path=FOLDER  (your own images)")
+        self._say(
+            "more:  python launch/pretrain.py data=folder data.path=FOLDER  (your own images)"
+        )
         self._say(_comparison(state.figures))
         return self._close()
 
@@ -310,7 +314,9 @@ def _latest(figures: Mapping[str, Any]) -> str:
 def _figures_text(figures: Mapping[str, float]) -> str:
     if "knn_top1" in figures:
         return f"k-NN top-1 {figures['knn_top1']:.1f} %, rank {figures['rank']:.1f}"
-    return f"rank {figures['rank']:.1f}, uniformity {figures['uniformity']:.2f} (no labels: no k-NN)"
+    return (
+        f"rank {figures['rank']:.1f}, uniformity {figures['uniformity']:.2f} (no labels: no k-NN)"
+    )
 
 
 def _comparison(figures: Mapping[str, Any]) -> str:
@@ -322,7 +328,7 @@ def _comparison(figures: Mapping[str, Any]) -> str:
             f"({end - begin:+.1f} points)"
         )
     return (
-        f"no labels, so no k-NN: rank {figures['rank_random_init']:.1f} at random initialisation -> "
-        f"{figures['rank']:.1f}, uniformity {figures['uniformity_random_init']:.2f} -> "
+        f"no labels, so no k-NN: rank {figures['rank_random_init']:.1f} at random initialisation "
+        f"-> {figures['rank']:.1f}, uniformity {figures['uniformity_random_init']:.2f} -> "
         f"{figures['uniformity']:.2f}"
     )

@@ -1,4 +1,4 @@
-"""What a run needs of the process it lives in: shares of the batch, threads, memory, seeds, stops."""
+"""What a run needs of its process: shares of the batch, threads, memory, seeds, stops."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def shares(batch_size: int, images_per_device: int | None, ranks: int) -> tuple[
 
 def autocast_factory(
     device: torch.device, precision: str
-) -> Callable[[], AbstractContextManager[None]]:
+) -> Callable[[], AbstractContextManager[object]]:
     """A maker of autocast contexts for `precision`: fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext
@@ -103,9 +103,9 @@ def refuse_too_large(method: nn.Module, world: World) -> None:
         free //= world.local_size
     if needed > free:
         raise ValueError(
-            f"this model needs {needed / 1e9:.1f} GB for weights, gradients and momentum alone, and "
-            f"{world.device} has {free / 1e9:.1f} GB free for each process: choose a smaller model= "
-            "or a larger machine"
+            f"this model needs {needed / 1e9:.1f} GB for weights, gradients and momentum alone, "
+            f"and {world.device} has {free / 1e9:.1f} GB free for each process: choose a smaller "
+            "model= or a larger machine"
         )
 
 

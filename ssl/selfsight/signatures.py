@@ -84,9 +84,7 @@ def _of_function(name: str, args: ast.arguments, skip: int) -> Signature:
     positional = [*args.posonlyargs, *args.args][skip:]
     without = len(positional) - len(args.defaults)
     required = [a.arg for a in positional[: max(without, 0)]]
-    required += [
-        a.arg for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is None
-    ]
+    required += [a.arg for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is None]
     every = positional + args.kwonlyargs
     texts = {a.arg: ast.unparse(a.annotation) for a in every if a.annotation is not None}
     return Signature(name, tuple(a.arg for a in every), tuple(required), texts)

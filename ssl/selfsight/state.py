@@ -18,7 +18,7 @@ class Stateful(Protocol):
     """Something with a small state of plain numbers, e.g. a plateau schedule or a loss scaler."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
 class ForeignCheckpoint(ValueError):
@@ -56,7 +56,9 @@ class TrainState:
         }
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], where: str) -> None:
+    def restore(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], where: str
+    ) -> None:
         """Take over the state of a checkpoint, in place.
 
         Raises:

@@ -1,16 +1,15 @@
 """The training loop, read top to bottom: one run, from a checked configuration to its last line."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from selfsight.build import as_text, build
+from selfsight.build import build
 from selfsight.data.ledger import Ledger
-from selfsight.data.loader import Loader
+from selfsight.data.loader import Loader, start_server
 from selfsight.data.multicrop import CropGroup, MultiCrop
 from selfsight.distributed import collectives
 from selfsight.distributed.env import World
@@ -43,10 +42,14 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ------------------------------------------------------------------------------- set-up
     device = world.device
     on_cpu = device.type == "cpu"
-    torch.use_deterministic_algorithms(on_cpu if config.deterministic is None else config.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(
+        on_cpu if config.deterministic is None else config.deterministic
+    )
     torch.set_num_threads(threads_per_process(config.cluster.threads, world.local_size))
     autocast = autocast_factory(device, config.precision)
+    workers = loader_workers(config.loader.workers, world)
+    if workers:
+        start_server()  # imports torch beside us
     own_images, parts = shares(config.batch_size, config.images_per_device, world.size)
     journal = Journal(config, name, world)
     journal.open()
@@ -102,9 +105,9 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     # ------------------------------------------------------- loader, evaluation, first figures
     evaluation = OnlineEvaluation(
+        source=source,
         bank=build(config.data.eval_train) if config.data.eval_train else None,
         queries=build(config.data.eval_val) if config.data.eval_val else None,
-        unlabelled=source,
         size=config.data.eval_size,
         limit=tuple(config.data.eval_limit),
         neighbours=config.eval.neighbours,
@@ -121,7 +124,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
-        workers=loader_workers(config.loader.workers, world),
+        workers=workers,
         prefetch=config.loader.prefetch,
         cursors=state.cursors.view(world.size, -1)[world.rank].clone(),
         ledger=Ledger(journal.folder.ledger),

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from selfsight.evals.knn import knn_predict, knn_top1
 
 

@@ -1,6 +1,7 @@
 import math
 
 import torch
+
 from selfsight.evals.spread import rankme, uniformity
 
 

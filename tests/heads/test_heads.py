@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from selfsight.heads.projection import ProjectionHead
 from selfsight.heads.prototypes import Prototypes
 

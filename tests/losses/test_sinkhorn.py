@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsight.distributed import collectives
 from selfsight.distributed.env import World
-from selfsight.losses.precision import full_precision
 from selfsight.losses.sinkhorn import sinkhorn
+from selfsight.precision import full_precision
 from tests.parallel.ranks import on_ranks
 
 

@@ -1,10 +1,12 @@
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
 from selfsight.data.batch import Batch
 from selfsight.heads.projection import ProjectionHead
 from selfsight.methods.method import Now
@@ -25,11 +27,12 @@ def vit():
     )
 
 
-def swav(trunk=None, **options):
+def swav(trunk=None, **options: Any) -> SwAV:
     torch.manual_seed(0)
     trunk = trunk or regnet()
     head = ProjectionHead(widths=[trunk.width, 32, 16], batch_norm=False)
-    return SwAV(trunk=trunk, head=head, **({"prototypes": [24]} | options))
+    options = {"prototypes": [24], **options}
+    return SwAV(trunk=trunk, head=head, **options)
 
 
 def a_batch(n=8, sizes=((2, 32), (3, 16)), seed=0):
@@ -46,7 +49,7 @@ def written_out(model: SwAV, batch: Batch, epsilon=0.05, iterations=3, temperatu
     scores = []
     for views in batch.views:
         z = torch.stack([model.embed(views)[i] for i in range(len(views))])
-        scores += list((z.double() @ model.prototypes[0].weight.double().T))
+        scores += list(z.double() @ model.prototypes[0].get_parameter("weight").double().T)
     total, pairs = torch.zeros((), dtype=torch.float64), 0
     for a in range(2):
         q = torch.exp(scores[a].detach().T / epsilon)
@@ -183,7 +186,10 @@ def test_a_head_for_another_trunk_is_refused():
 @pytest.mark.parametrize(
     ("figures", "state"),
     [
-        ({"loss": math.log(24) * 0.999, "assignment_entropy": math.log(24) * 0.999}, "uniform collapse"),
+        (
+            {"loss": math.log(24) * 0.999, "assignment_entropy": math.log(24) * 0.999},
+            "uniform collapse",
+        ),
         ({"feature_spread": 0.001}, "one-point collapse"),
         ({"loss": math.log(24), "assignment_entropy": 1.0}, "not learning"),
         ({"prototypes_used": 0.05}, "dead prototypes"),

@@ -54,7 +54,11 @@ def choose_device(asked: str) -> str:
     Raises:
         ConfigError: it is not here.
     """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if asked == "auto":
         return next(device for device, found in here.items() if found)
     if not here[asked]:
@@ -102,7 +106,9 @@ def _collect(pipes: list[Connection]) -> dict[int, dict[str, Any]]:
             try:
                 kind, value = pipe.recv()
             except EOFError:
-                raise JobFailed(f"the process of rank {rank} ended without a word; was it killed?") from None
+                raise JobFailed(
+                    f"the process of rank {rank} ended without a word; was it killed?"
+                ) from None
             if kind == "user error":
                 raise ConfigError(value)
             if kind == "error":

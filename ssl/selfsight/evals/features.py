@@ -18,7 +18,7 @@ def extract(
     normalize: Callable[[Tensor], Tensor],
     batch_size: int,
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
     """Features (n, width), fp32 on the CPU, of uint8 images (n, 3, s, s), the same on all ranks.
 

@@ -47,7 +47,9 @@ def knn_predict(
     return torch.cat(predictions)
 
 
-def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, **options) -> float:
+def knn_top1(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, **options
+) -> float:
     """Top-1 accuracy in percent of `knn_predict`, with its options."""
     predictions = knn_predict(bank, bank_labels, queries, **options)
     return (predictions == labels).float().mean().item() * 100

@@ -22,9 +22,11 @@ class OnlineEvaluation:
     """Evaluates the trunk during pretraining.
 
     Args:
+        source: The training images. Where no labelled split is given, but these have labels, a
+            fifth of them is classified among the rest; where they have none, rank and uniformity
+            of their features stand in.
         bank: Labelled images whose features vote, or None.
         queries: Labelled images to classify, or None.
-        unlabelled: Images for rank and uniformity where `bank` is None.
         size: Side of the square images, pixels.
         limit: Most images of the bank and of the queries; evenly spaced ones are taken.
     """
@@ -32,28 +34,35 @@ class OnlineEvaluation:
     def __init__(
         self,
         *,
+        source: Source,
         bank: Source | None,
         queries: Source | None,
-        unlabelled: Source,
         size: int,
         limit: tuple[int, int],
         neighbours: int,
         temperature: float,
         batch_size: int,
         device: torch.device,
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self.labelled = bank is not None and queries is not None
         self.neighbours, self.temperature = neighbours, temperature
         self.batch_size, self.device, self.autocast = batch_size, device, autocast
-        first = bank if bank is not None and self.labelled else unlabelled
-        self.bank, self.bank_labels = _read(first, limit[0] if self.labelled else limit[1], size)
+        images, answers = limit
+        if bank is not None and queries is not None:
+            parts = [(bank, _spaced(len(bank), images)), (queries, _spaced(len(queries), answers))]
+        elif source.classes is not None and len(source.classes) > 1 and len(source) > 4:
+            asked = _spaced(len(source), min(answers, len(source) // 5))
+            rest = sorted(set(range(len(source))) - set(asked))
+            parts = [(source, [rest[i] for i in _spaced(len(rest), images)]), (source, asked)]
+        else:
+            parts = [(source, _spaced(len(source), answers))]
+        self.labelled = len(parts) == 2
+        self.bank, self.bank_labels = _read(*parts[0], size)
         if self.labelled:
-            assert queries is not None
-            self.queries, self.labels = _read(queries, limit[1], size)
+            self.queries, self.labels = _read(*parts[1], size)
             if min(int(self.labels.min()), int(self.bank_labels.min())) < 0:
                 raise ValueError(
-                    f"{queries.name}: the split for k-NN has images without a label; set "
+                    f"{parts[1][0].name}: the split for k-NN has images without a label; set "
                     "data.eval_train=null data.eval_val=null for label-free figures instead"
                 )
 
@@ -104,13 +113,17 @@ class OnlineEvaluation:
         return lambda: self._extract(method, self.bank[:CALIBRATION_IMAGES])
 
 
-def _read(source: Source, limit: int, size: int) -> tuple[Tensor, Tensor]:
-    count = min(limit, len(source))
-    indices = [i * len(source) // count for i in range(count)]
+def _spaced(length: int, limit: int) -> list[int]:
+    """At most `limit` indices, evenly spaced."""
+    count = min(limit, length)
+    return [i * length // count for i in range(count)]
+
+
+def _read(source: Source, indices: list[int], size: int) -> tuple[Tensor, Tensor]:
     images, labels, skipped = read_images(source, indices, size=size)
     if len(images) < 2:
         raise ValueError(
-            f"{source.name}: only {len(images)} of {count} images for evaluation can be read "
+            f"{source.name}: only {len(images)} of {len(indices)} images for evaluation can be read "
             f"({skipped[0] if skipped else 'the source is empty'})"
         )
     return images, labels

@@ -1,4 +1,4 @@
-"""Projection head: a multi-layer perceptron from trunk features to the space where views are compared.
+"""Projection head: a multi-layer perceptron from trunk features to the space where views meet.
 
 SwAV's has BatchNorm between its layers, SEER's largest trunks go without (VISSL, `swav_head`).
 """
@@ -26,9 +26,7 @@ class ProjectionHead(nn.Module):
         ValueError: fewer than two widths.
     """
 
-    def __init__(
-        self, *, widths: Sequence[int], batch_norm: bool = True, output_batch_norm: bool = False
-    ) -> None:
+    def __init__(self, *, widths: Sequence[int], batch_norm: bool = True) -> None:
         super().__init__()
         if len(widths) < 2:
             raise ValueError(f"a projection head needs at least two widths, not {list(widths)}")
@@ -40,8 +38,6 @@ class ProjectionHead(nn.Module):
                 if batch_norm:
                     layers.append(nn.BatchNorm1d(widths[index + 1]))
                 layers.append(nn.ReLU(inplace=True))
-        if output_batch_norm:
-            layers.append(nn.BatchNorm1d(widths[-1], affine=False))
         self.projection_head = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfsight.precision import full_precision
+
 
 class Prototypes(nn.Module):
     """K unit vectors of D dimensions; the score of a feature is its cosine with each.
@@ -14,8 +16,8 @@ class Prototypes(nn.Module):
     SwAV code normalises before each forward pass, VISSL after each update, which leaves VISSL's
     first pass with rows that are not.)
 
-    Scores are computed in fp32 whatever the autocast precision: Sinkhorn divides them by 0.05 or
-    less, which makes errors of half precision visible.
+    Scores are computed in true fp32 whatever the autocast precision: Sinkhorn divides them by 0.05
+    or less, which makes errors of half precision visible.
     """
 
     def __init__(self, *, width: int, count: int) -> None:
@@ -31,5 +33,5 @@ class Prototypes(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., D) unit vectors in fp32 -> (..., K) cosines in fp32."""
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return F.linear(features.float(), self.weight.float())

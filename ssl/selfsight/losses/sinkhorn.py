@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selfsight.losses.precision import full_precision
+from selfsight.precision import full_precision
 
 # Below this the factors of the scaling form, up to exp(2 / epsilon), leave float32's range.
 SCALING_EPSILON = 0.025

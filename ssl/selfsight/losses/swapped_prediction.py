@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selfsight.losses.precision import full_precision
+from selfsight.precision import full_precision
 
 
 def swapped_prediction_loss(

@@ -60,7 +60,10 @@ class Method(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, default in (("pixel_mean", (0.485, 0.456, 0.406)), ("pixel_std", (0.229, 0.224, 0.225))):
+        for name, default in (
+            ("pixel_mean", (0.485, 0.456, 0.406)),
+            ("pixel_std", (0.229, 0.224, 0.225)),
+        ):
             value = torch.tensor(default).view(1, -1, 1, 1)
             self.register_buffer(name, value, persistent=False)
 

@@ -44,7 +44,7 @@ class SwAV(Method):
         temperature: Of the softmax over prototypes that predicts.
         epsilon: Entropy weight of the transport problem.
         sinkhorn_iterations: Row and column normalisations of it.
-        assign_crops: Number A of crops whose assignments the others predict: all of the first group.
+        assign_crops: Number A of crops whose assignments the others predict: the first group's.
         freeze_prototypes_steps: Prototypes receive no update for so many steps (no momentum, no
             weight decay).
         queue_length: Samples of past batches that join the transport problem; a multiple of the
@@ -100,9 +100,7 @@ class SwAV(Method):
         scores = [[p(z) for z in features] for p in self.prototypes]  # [head][size] (V, b, K)
         codes = plan or self.assign([s[0].detach() for s in scores], now)
         losses = [
-            swapped_prediction_loss(
-                s, q, temperature=self.temperature, assign=range(q.shape[0])
-            )
+            swapped_prediction_loss(s, q, temperature=self.temperature, assign=range(q.shape[0]))
             for s, q in zip(scores, codes, strict=True)
         ]
         loss = torch.stack(losses).mean()
@@ -138,7 +136,9 @@ class SwAV(Method):
         if length and now.step >= self.queue_start_step:
             share = length // collectives.size()
             own = self.queue[:, collectives.rank() * share :][:, :share]
-            scores = [torch.cat([s, p(own)], 1) for s, p in zip(scores, self.prototypes, strict=True)]
+            scores = [
+                torch.cat([s, p(own)], 1) for s, p in zip(scores, self.prototypes, strict=True)
+            ]
         return [
             sinkhorn(
                 s,
@@ -192,7 +192,7 @@ class SwAV(Method):
     def diagnose(self, figures: Mapping[str, float], now: Now) -> Verdict:
         """Name a collapse: `uniform` if assignments tell nothing apart, `one-point` if features
         are all alike. ln K is the loss and the entropy of knowing nothing."""
-        k = self.prototypes[0].weight.shape[0]
+        k = self.prototypes[0].get_parameter("weight").shape[0]
         ln_k = math.log(k)
         loss, entropy = figures["loss"], figures["assignment_entropy"]
         spread, used = figures["feature_spread"], figures["prototypes_used"]
@@ -216,7 +216,7 @@ class SwAV(Method):
         if loss > 0.995 * ln_k:
             return Verdict(
                 "not learning",
-                f"the loss {loss:.3f} is at ln {k} = {ln_k:.3f}: views do not predict each other's "
+                f"the loss {loss:.3f} is not below ln {k} = {ln_k:.3f}: views do not predict each other's "
                 "assignments yet",
                 remedy,
             )

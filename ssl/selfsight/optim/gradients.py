@@ -1,5 +1,8 @@
 """The norm of all gradients together, and clipping by it."""
 
+# torch exports its foreach operations under private names only
+# pyright: reportPrivateImportUsage=false
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer

@@ -31,7 +31,8 @@ class Console:
                 unit="step",
                 dynamic_ncols=True,
                 smoothing=0.05,
-                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} "
+                "{remaining} left{postfix}",
             )
 
     def say(self, text: str) -> None:

@@ -1,12 +1,12 @@
 """The folder of a run: what it is, what it measured, what it made.
 
-    runs/NAME/config.yaml        the resolved configuration
-              environment.json   commit, versions, hardware
-              metrics.jsonl      one line a logged update
-              summary.json       status, figures and verdict, rewritten as the run goes on
-              ledger.jsonl       samples that could not be used
-              checkpoints/       step_00001000/ ...
-              trunk.safetensors  the trunk, its configuration in the metadata
+runs/NAME/config.yaml        the resolved configuration
+          environment.json   commit, versions, hardware
+          metrics.jsonl      one line a logged update
+          summary.json       status, figures and verdict, rewritten as the run goes on
+          ledger.jsonl       samples that could not be used
+          checkpoints/       step_00001000/ ...
+          trunk.safetensors  the trunk, its configuration in the metadata
 """
 
 import json

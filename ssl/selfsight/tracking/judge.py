@@ -52,6 +52,8 @@ class Judge:
         self._candidate, self._lines = seen, self._lines + 1
         settled = urgent or seen.state in ("healthy", "warming up") or self._lines >= PATIENCE
         if not settled:
+            if self.verdict.state == "warming up":
+                self.verdict = Verdict("warming up", seen.sentence)
             return False
         changed = seen.state != self.verdict.state
         if changed:

@@ -1,4 +1,4 @@
-"""Weights & Biases: the only place that imports it. It is an extra (`pip install selfsight[wandb]`)."""
+"""Weights & Biases, an extra (`uv sync --extra wandb`): the only place that imports it."""
 
 import importlib.util
 import netrc

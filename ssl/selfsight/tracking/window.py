@@ -38,7 +38,9 @@ class Window:
         flat = collectives.all_reduce_sum(flat).cpu()
         means: dict[str, float] = {}
         sums: dict[str, Tensor] = {}
-        for name, part in zip(names, flat.split([self._sums[n].numel() for n in names]), strict=True):
+        for name, part in zip(
+            names, flat.split([self._sums[n].numel() for n in names]), strict=True
+        ):
             if self._sums[name].dim() == 0:
                 means[name] = part.item() / (self._counts[name] * collectives.size())
             else:
