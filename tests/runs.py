@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
 from selfsight.build import compose
 from selfsight.cluster.local import launch
 from selfsight.config import check

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from selfsight.distributed import checkpoint
 from selfsight.methods.swav import SwAV
-
 from tests.runs import (
     VIT,
     arguments,

@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from selfsight import config as configuration
@@ -25,19 +25,25 @@ from selfsight.config import ConfigError
 EXIT_USER_ERROR = 2
 
 
-def build(node: Any, **overrides: Any) -> Any:
+def build(node: Any) -> Any:
     """Build the object of a `_target_` node; its class must be on the allow-list.
 
     A node with `_partial_: true` gives a callable that waits for its remaining arguments.
 
     Raises:
         ConfigError: the target is not allowed.
+        ValueError: the constructor refuses its arguments.
     """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     for target in _targets(plain):
         if not target.startswith(configuration.ALLOWED_TARGETS):
             raise ConfigError(f"_target_={target} is not allowed")
-    return hydra.utils.instantiate(OmegaConf.create(plain), _convert_="all", **overrides)
+    try:
+        return hydra.utils.instantiate(OmegaConf.create(plain), _convert_="all")
+    except HydraException as error:  # Hydra wraps what a constructor raises
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
 
 
 def _targets(node: Any) -> list[str]:
@@ -127,20 +133,8 @@ def _or_exit(action: Callable[[], Any]) -> None:
     except ValueError as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        print(f"selfsight: {_cause(error)}", file=sys.stderr)
+        print(f"selfsight: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("selfsight: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The ValueError below what Hydra wraps around an error in a constructor."""
-    while isinstance(error, HydraException) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def as_text(config: DictConfig | ListConfig) -> str:
-    """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(config, resolve=True)

@@ -249,6 +249,7 @@ def check(config: DictConfig) -> DictConfig:
                 _known(f"{key}.{child}", [f"{key}.{k}" for k in node], f"the section {key}")
     try:
         OmegaConf.merge(schema, config)  # types of what is written out
+        _check_nodes(OmegaConf.to_container(config))
         counted = config.copy()
         if config.steps == "auto":  # known once the images are counted; any number till then
             counted.steps = 10**9
@@ -264,9 +265,7 @@ def check(config: DictConfig) -> DictConfig:
     for section, keys in SECTION_KEYS.items():
         for child in resolved[section] or {}:
             _known(f"{section}.{child}", [f"{section}.{k}" for k in keys], f"the section {section}")
-    for name, group in (resolved.views or {}).items():
-        _check_call(f"views.{name}", group or {}, signature(CROP_GROUP), exact=False)
-    _check_targets(resolved, "")
+    _check_nodes(OmegaConf.to_container(resolved))
     _check_combinations(resolved)
     return config
 
@@ -282,18 +281,29 @@ def _first_line(error: OmegaConfBaseException) -> str:
     if match := re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", text):
         value, wanted = match.groups()
         return f"{key}={value} must be {TYPE_WORDS.get(wanted, wanted)}"
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
     return f"{key}: {text}" if key else text
 
 
 TYPE_WORDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
 
+def _check_nodes(tree: Any) -> None:
+    """Check crop groups and `_target_` nodes of a plain tree. What is not resolved yet (a text that
+    begins with `${`) passes."""
+    views = tree.get("views")
+    for name, group in views.items() if isinstance(views, dict) else ():
+        _check_call(f"views.{name}", group or {}, signature(CROP_GROUP), exact=False)
+    # the model before the method that refers to it, so that a mistake is named where it was made
+    for key, child in sorted(tree.items(), key=lambda item: item[0] != "model"):
+        _check_targets(child, str(key))
+
+
 def _check_targets(node: Any, path: str) -> None:
-    """Check each `_target_` node below `node` against the allow-list and its signature."""
-    if isinstance(node, ListConfig):
+    if isinstance(node, list):
         for index, child in enumerate(node):
             _check_targets(child, f"{path}[{index}]")
-    if not isinstance(node, DictConfig):
+    if not isinstance(node, dict):
         return
     if "_target_" in node:
         target = str(node["_target_"])
@@ -305,9 +315,8 @@ def _check_targets(node: Any, path: str) -> None:
             raise ConfigError(f"{path}._target_={target} does not exist")
         arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
         _check_call(path, arguments, found, exact=not node.get("_partial_", False))
-    # the model before the method that refers to it, so that a mistake is named where it was made
-    for key, child in sorted(node.items(), key=lambda item: item[0] != "model"):
-        _check_targets(child, f"{path}.{key}" if path else str(key))
+    for key, child in node.items():
+        _check_targets(child, f"{path}.{key}")
 
 
 def _check_call(
@@ -317,6 +326,8 @@ def _check_call(
     names = [f"{path}.{n}" for n in found.names]
     for key, value in arguments.items():
         _known(f"{path}.{key}", names, found.name)
+        if isinstance(value, str) and value.startswith("${"):
+            continue
         if (wanted := found.refuses(str(key), value)) is not None:
             raise ConfigError(f"{path}.{key}={value!r} must be {wanted}")
     missing = [n for n in found.required if n not in arguments] if exact else []

@@ -77,7 +77,7 @@ class Journal:
         if self.config.resume == "anyway":
             return None
         before, now = flat(OmegaConf.create(text)), flat(self.config)
-        for key in sorted({**before, **now}):
+        for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
             if before.get(key) != now.get(key) and not key.startswith(FREE):
                 return (
                     f"{path} was started with {key}={before.get(key)}, and now it is "

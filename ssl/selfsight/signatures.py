@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
-
 ROOT = Path(__file__).parent
 
 WORDS = {
@@ -40,7 +38,7 @@ class Signature:
         annotations made of plain types.
         """
         annotation = self.annotations.get(argument)
-        if annotation is None or (isinstance(value, DictConfig) and "_target_" in value):
+        if annotation is None or (isinstance(value, dict) and "_target_" in value):
             return None
         try:
             options = _options(ast.parse(annotation, mode="eval").body)
@@ -126,7 +124,7 @@ def _fits(option: ast.expr, value: Any) -> bool:
     inner = option.slice.elts if isinstance(option.slice, ast.Tuple) else [option.slice]
     if option.value.id == "Literal":
         return value in [c.value for c in inner if isinstance(c, ast.Constant)]
-    if not isinstance(value, list | tuple | ListConfig):
+    if not isinstance(value, list | tuple):
         return False
     parts = [p for p in inner if not (isinstance(p, ast.Constant) and p.value is Ellipsis)]
     if option.value.id == "tuple" and len(parts) == len(inner):  # tuple[float, float]

@@ -123,8 +123,8 @@ def _read(source: Source, indices: list[int], size: int) -> tuple[Tensor, Tensor
     images, labels, skipped = read_images(source, indices, size=size)
     if len(images) < 2:
         raise ValueError(
-            f"{source.name}: only {len(images)} of {len(indices)} images for evaluation can be read "
-            f"({skipped[0] if skipped else 'the source is empty'})"
+            f"{source.name}: only {len(images)} of {len(indices)} images for evaluation can be "
+            f"read ({skipped[0] if skipped else 'the source is empty'})"
         )
     return images, labels
 

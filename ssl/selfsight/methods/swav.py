@@ -216,8 +216,8 @@ class SwAV(Method):
         if loss > 0.995 * ln_k:
             return Verdict(
                 "not learning",
-                f"the loss {loss:.3f} is not below ln {k} = {ln_k:.3f}: views do not predict each other's "
-                "assignments yet",
+                f"the loss {loss:.3f} is not below ln {k} = {ln_k:.3f}: views do not predict each "
+                "other's assignments yet",
                 remedy,
             )
         if used < 0.1:

@@ -83,9 +83,9 @@ def _ground(dice: Dice, pattern: str, y: np.ndarray, x: np.ndarray) -> np.ndarra
     half_period = dice.between(4 * SUBPIXEL, 6 * SUBPIXEL + SUBPIXEL // 2)
     levels = PATTERNS[pattern](dice, u, v, half_period)
 
-    middle, swing = dice.between(113, 143), dice.between(35, 65)
-    dark = np.array(dice.colour(middle - swing, 25))
-    light = np.array(dice.colour(middle + swing, 25))
+    middle, swing = dice.between(118, 138), dice.between(45, 60)
+    dark = np.array(dice.colour(middle - swing, 20))
+    light = np.array(dice.colour(middle + swing, 20))
     ramp = np.arange(256)[:, None]
     palette = (dark * (255 - ramp) + light * ramp) // 255
     return palette.astype(np.uint8)[levels]
@@ -125,7 +125,7 @@ def _exposed(dice: Dice, image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.
     height, width = image.shape[:2]
     cosine, sine = dice.turn()
     distance = ((x - width // 2) * cosine + (y - height // 2) * sine) >> 14
-    gain = 256 + dice.between(-30, 30) + distance * dice.below(41) // min(height, width)
+    gain = 256 + dice.between(-20, 20) + distance * dice.below(41) // min(height, width)
     exposed = image * gain[..., None] >> 8
     exposed += (dice.octets(height, width, 3).astype(np.int32) - 128) * 6 >> 7
     return exposed.clip(0, 255).astype(np.uint8)
