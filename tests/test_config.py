@@ -144,7 +144,7 @@ MISTAKES = [
     (["modle=vit_small"], "did you mean 'model'?"),
     (["model=regnety_16"], "did you mean 'regnety_16gf'?"),
     (["batch_size=abc"], "batch_size='abc' must be a whole number"),
-    (["optim.optimizer.momentum=x"], "optim.optimizer.momentum='x' must be a number"),
+    (["optim=lars", "optim.optimizer.momentum=x"], "optim.optimizer.momentum='x' must be a number"),
     (["model.trunk.depth=2.5"], "model.trunk.depth=2.5 must be a whole number"),
     (["views.local.size=big"], "views.local.size='big' must be a whole number"),
     (["precision=fp8"], "precision=fp8 is not one of fp32, bf16, fp16"),
@@ -174,6 +174,10 @@ def test_endless_runs_take_a_schedule_without_end():
     found = values("steps=null", "images=null", "schedule=warmup_plateau")
     assert found["steps"] is None
     assert found["schedule.lr._target_"] == "selfsight.schedules.Plateau"
+    seer = ["model=regnety_256gf", "data=uncurated_stream", "steps=null"]
+    found = values(*seer, "schedule=warmup_plateau")
+    assert found["schedule.lr.warmup_steps"] == 8000
+    assert found["schedule.lr.peak"] == pytest.approx(9.6)
 
 
 def test_every_yaml_lists_every_argument_of_what_it_builds():
@@ -185,10 +189,16 @@ def test_every_yaml_lists_every_argument_of_what_it_builds():
             found = signature(node["_target_"])
             assert found is not None, (path, node["_target_"])
             given = set(node) - {"_target_", "_partial_"}
-            waits = {"params", "step", "lr"} if node.get("_partial_") else set()
+            waits = {"params", "step", "lr", "weight_decay"} if node.get("_partial_") else set()
             assert set(found.names) - waits == given - waits, path
             seen += 1
     assert seen > 20
+
+
+def test_adamw_and_sgd_compose_with_every_schedule():
+    for optimizer in ("adamw", "sgd", "lars"):
+        for schedule in ("warmup_cosine", "warmup_plateau", "constant"):
+            composed("data=folder", f"optim={optimizer}", f"schedule={schedule}")
 
 
 def _targets(node):

@@ -139,7 +139,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 SECTION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("trunk_parameters", "trunk", "head"),
     "optim": ("optimizer", "weight_decay", "exclude_bias_and_norm"),
-    "schedule": ("base_lr", "lr", "weight_decay"),
+    "schedule": ("base_lr", "start", "end", "warmup_steps", "lr", "weight_decay"),
 }
 
 CROP_GROUP = "selfsight.data.multicrop.CropGroup"

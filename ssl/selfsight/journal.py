@@ -28,7 +28,8 @@ from selfsight.tracking.wandb import WandbRun
 # What may differ when a run goes on: where and how it runs and reports, and how long.
 FREE = (
     "name", "runs_dir", "device", "deterministic", "gpus", "images", "epochs", "steps", "resume",
-    "schedule.lr.steps", "schedule.weight_decay.steps", "checkpoint.", "loader.workers",
+    "schedule.lr.steps", "schedule.weight_decay.steps",
+    "schedule.warmup_steps", "schedule.lr.warmup_steps", "checkpoint.", "loader.workers",
     "loader.prefetch", "cluster.", "tracking.", "eval.", "data.eval_",
 )  # fmt: skip
 
