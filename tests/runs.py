@@ -78,7 +78,7 @@ def start(overrides: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "launch/pretrain.py", *overrides],
         cwd=ROOT,
-        env=os.environ | {"WANDB_MODE": "disabled"},
+        env=dict(os.environ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

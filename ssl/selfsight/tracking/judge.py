@@ -48,7 +48,7 @@ class Judge:
         if warming and seen.state != "healthy":
             seen = Verdict("warming up", seen.sentence)
         if self._candidate is None or seen.state != self._candidate.state:
-            self._candidate_since, self._lines = now.step, 0
+            self._candidate_since, self._lines = now.step + 1, 0
         self._candidate, self._lines = seen, self._lines + 1
         settled = urgent or seen.state in ("healthy", "warming up") or self._lines >= PATIENCE
         if not settled:

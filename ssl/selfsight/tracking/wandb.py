@@ -68,7 +68,8 @@ class WandbRun:
             mode="offline" if mode == "offline" else "online",
             settings=wandb.Settings(silent=True, console="off"),
         )
-        say(f"wandb: {self._run.url or 'offline, under ' + str(folder / 'wandb')}")
+        offline = f"offline, under {folder / 'wandb'}"
+        say(f"wandb: {offline if mode == 'offline' else self._run.url}")
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
         if self._run is not None:
