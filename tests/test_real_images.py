@@ -1,4 +1,4 @@
-"""Short runs over real sets, from shards and from a packed file, where SELFSIGHT_DATA names them."""
+"""Short runs over real sets, from shards and a packed file, where SELFSIGHT_DATA names them."""
 
 import json
 import os
