@@ -29,6 +29,9 @@ def test_missing_empty_and_pictureless_folders(tmp_path):
     for folder in (gone, empty, texts):
         said = refused(arguments(folder, tmp_path / "runs", f"to-{folder.name}"))
         assert str(folder) in said
+    assert not (tmp_path / "runs").exists()  # nothing is left behind by a start that failed
+    summary = run_here(arguments(pictures(gone), tmp_path / "runs", "to-gone", "steps=2"))
+    assert summary["status"] == "complete"
 
 
 def test_no_folder_no_shards_no_set(tmp_path):

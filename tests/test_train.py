@@ -71,7 +71,7 @@ def test_killed_runs_end_with_the_bits_of_undisturbed_ones(data, tmp_path):
     more = [*QUEUE, "steps=24", "checkpoint.every=3", "eval.every=8", "precision=bf16"]
     run_here(arguments(data, tmp_path, "whole", *more))
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    kills = sorted(random.sample(range(2, 22), 2))
+    kills = sorted(random.sample(range(2, 22), 2))  # 2 is before the first checkpoint
     for workers, step in zip((1, 2), kills, strict=True):
         killed = arguments(data, tmp_path, "killed", *more, f"loader.workers={workers}")
         kill_after_step(killed, metrics, step)
@@ -200,3 +200,11 @@ def test_without_labels_rank_and_uniformity_are_told(tmp_path):
 
 def _losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_run_that_never_saved_begins_anew(data, tmp_path):
+    more = ["steps=4", "checkpoint.at_end=false", "checkpoint.every=100"]
+    run_here(arguments(data, tmp_path, "unsaved", *more))
+    once = read_lines(tmp_path / "unsaved" / "metrics.jsonl")
+    run_here(arguments(data, tmp_path, "unsaved", *more))
+    assert read_lines(tmp_path / "unsaved" / "metrics.jsonl") == once

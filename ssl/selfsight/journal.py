@@ -56,7 +56,7 @@ class Journal:
     # --------------------------------------------------------------------------- beginning
 
     def open(self) -> None:
-        """Make the run's folder, or check that it may be continued.
+        """Check that the run's folder is free, or may be continued; nothing is written yet.
 
         Raises:
             ValueError: it is something else's folder, or was started with another configuration.
@@ -64,19 +64,17 @@ class Journal:
         problem = self._problem() if self.world.main else None
         if problem := collectives.broadcast_json(problem):
             raise ConfigError(problem)
-        if self.world.main:
-            self.folder.create()
-        collectives.barrier()
 
     def _problem(self) -> str | None:
         path = self.folder.path
         text = self.folder.config_text()
         if text is None:
-            if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            found = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
+            if path.exists() and found - {"checkpoints", "ledger.jsonl"}:
                 return f"{path} exists and is not the folder of a run: choose another name="
             return None
-        if self.config.resume == "anyway":
-            return None
+        if self.config.resume == "anyway" or not any(self.folder.checkpoints.glob("step_*")):
+            return None  # a run that never saved binds nobody
         before, now = flat(OmegaConf.create(text)), flat(self.config)
         for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
             if before.get(key) != now.get(key) and not key.startswith(FREE):
@@ -87,16 +85,20 @@ class Journal:
         return None
 
     def resume(self, state: TrainState) -> None:
-        """Take over the newest whole checkpoint, if there is one.
+        """Make the run's folder, and take over its newest whole checkpoint, if there is one.
 
         Raises:
             ForeignCheckpoint: it does not fit this model.
         """
         newest = None
-        if self.world.main:  # one rank chooses, so that all go on from the same one
+        if self.world.main:
+            self.folder.create()
+            # one rank chooses, so that all go on from the same one
             newest = checkpoint.latest(self.folder.checkpoints, notice=self._notices.append)
         found = collectives.broadcast_json(str(newest) if newest else None)
         if found is None:
+            if self.world.main:
+                self.folder.truncate_metrics(-1)  # of a run that ended before it saved
             return
         tensors, manifest = checkpoint.load(found, checked=True)
         state.restore(tensors, manifest["scalars"], found)
