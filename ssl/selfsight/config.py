@@ -45,7 +45,7 @@ class Checkpoint:
 @dataclass
 class Loader:
     workers: int | None = None
-    """Loader processes per device; null takes the cores left over by the compute threads."""
+    """Loader processes per device; null: one on CPU, a share of the cores, at most 8, per GPU."""
     prefetch: int = 2
     """Batches prepared ahead."""
     max_pixels: int = 100_000_000
@@ -67,7 +67,7 @@ class Cluster:
     processes: int | None = None
     """Processes of the job, one a device; null takes all GPUs, or one process on CPU."""
     threads: int | None = None
-    """Compute threads per process; null shares the machine's cores out evenly."""
+    """Compute threads per process; null: its share of the cores but one, for the loader."""
     timeout_minutes: float = 30.0
     """A collective that takes longer than this ends the job."""
 
