@@ -33,6 +33,8 @@ FREE = (
     "loader.prefetch", "cluster.", "tracking.", "eval.", "data.eval_",
 )  # fmt: skip
 
+WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
+
 
 class Protocolled(Protocol):
     @property
@@ -140,7 +142,7 @@ class Journal:
         warm = c.schedule.lr.get("warmup_steps", 0) or 0
         frozen = c.method.get("freeze_prototypes_steps", 0) or 0
         limit = c.steps // 4 if c.steps else warm
-        self.judge = Judge(warm_until=min(max(warm, frozen, c.tracking.log_every), limit))
+        self.judge = Judge(warm_until=min(max(warm, frozen, WARM_STEPS), limit))
         length = f"{c.steps} updates" if c.steps else "no end"
         batch = f"{c.batch_size} images an update"
         if world.size > 1 or parts > 1:
