@@ -56,7 +56,7 @@ class WandbRun:
                 "tracking.wandb=online needs a key: run `wandb login` or set WANDB_API_KEY, "
                 "or use tracking.wandb=offline"
             )
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
 
         self._run = wandb.init(
             project=project,
