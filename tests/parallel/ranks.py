@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from selfsight.distributed import env
+from selfsight.distributed import collectives, env
 
 SECONDS = 90.0
 # What a rank would import otherwise, some of it as late as in its first backward pass.
@@ -93,6 +93,7 @@ def _rank(rank, size, local_size, address, results, function, arguments) -> None
         world = env.join(rank, size, **place, address=address, timeout=60)
         data = io.BytesIO()
         torch.save(function(world, *arguments), data)
+        collectives.barrier()  # rank 0 keeps the store that the others may still need
         env.leave()
         results.put((rank, data.getvalue(), None))
     except BaseException:

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight.config import ConfigError, divisors_text, register_resolvers
-from selfsight.distributed import env
+from selfsight.distributed import collectives, env
 
 Job = Callable[[DictConfig, str, env.World], dict[str, Any]]
 
@@ -139,6 +139,7 @@ def _run_rank(
             timeout=config["cluster"]["timeout_minutes"] * 60,
         )
         answer = ("done", job(OmegaConf.create(config), name, world))
+        collectives.barrier()  # rank 0 keeps the store that the others may still need
         env.leave()
     except ValueError as error:
         answer = ("user error", str(error))
