@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,19 @@ def _targets(node: Any) -> list[str]:
 
 
 def application(
-    name: str, run: Callable[[DictConfig, str], None], conf: Path | None = None
+    name: str,
+    run: Callable[[DictConfig, str], None],
+    conf: Path | None = None,
+    *,
+    sections: Mapping[str, str] | None = None,
+    named_after: Sequence[str] = ("method", "model", "data"),
 ) -> None:
     """Run a command: compose `conf/{name}.yaml` with the command line, check it, call `run`.
 
-    `run` gets the checked configuration and the run's name. A mistake in the command line, found
-    here or later (a `ValueError`), is one sentence on stderr and exit status 2, no traceback.
+    `run` gets the checked configuration and the run's name: the one that is set, or the choices of
+    the groups `named_after` and the time. `sections` are those that the command has beside the
+    run's, as `config.check` takes them. A mistake in the command line, found here or later (a
+    `ValueError`), is one sentence on stderr and exit status 2, no traceback.
     """
     # Before torch is imported: OpenMP threads that wait for each other in a loop starve the
     # loader's processes, and on busy cores themselves (tried: 2 threads on 2 shared cores, 5 times
@@ -73,13 +80,13 @@ def application(
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     sweeps = {"-m", "--multirun"} & set(sys.argv[1:])
     if not asks_hydra and not sweeps:
-        _or_exit(lambda: configuration.check(compose(name, overrides, folder)))
+        _or_exit(lambda: configuration.check(compose(name, overrides, folder), sections))
 
     def task(config: DictConfig) -> None:
         choices = HydraConfig.get().runtime.choices
-        words = [choices[group] for group in ("method", "model", "data")]
+        words = [choices[group] for group in named_after]
         name = config.name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
-        _or_exit(lambda: run(configuration.check(config), name))
+        _or_exit(lambda: run(configuration.check(config, sections), name))
 
     hydra.main(version_base="1.3", config_path=folder, config_name=name)(task)()
 

@@ -50,14 +50,40 @@ class Loader:
     """Batches prepared ahead."""
     max_pixels: int = 100_000_000
     """Images that declare more pixels than this are not decoded."""
+    max_bytes: int = 100_000_000
+    """Nor are encoded images longer than this."""
+    max_side: int = 65_535
+    """Nor are images with a longer side."""
+    truncated: str = "skip"
+    """Images that end early or are damaged: `skip`, or `use` what can be decoded of them."""
+    min_decoded: float = 0.5
+    """Least share of its rows that such an image must have."""
+    reduced: bool = True
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where no crop is enlarged by it."""
+    colour: str = "auto"
+    """Where colour, blur and the like are done: `workers`, `device`, or `auto`: device on CUDA."""
+    max_bad_share: float = 0.3
+    """A run ends where a larger share of the last thousand samples could not be used."""
+    decode_seconds: float = 60.0
+    """A sample whose decoding takes longer is passed over, and the worker replaced."""
+    fetch_seconds: float = 900.0
+    """The same for fetching a sample, or opening its shard."""
+    growth_gb: float = 4.0
+    """A worker whose memory grows by more is replaced."""
 
 
 @dataclass
 class Pixels:
+    channels: int = 3
+    """Of the images: 3 for RGB, 1 for grey, or as many as the files have."""
+    bits: int = 8
+    """Kept of each channel: 8 or 16."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Channel means subtracted from pixels in [0, 1]."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """Channel standard deviations divided by."""
+    estimate: int = 0
+    """Images from which mean and std are estimated when the run starts; 0: they are as given."""
 
 
 @dataclass
@@ -131,6 +157,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("fp32", "bf16", "fp16"),
     "resume": ("strict", "anyway"),
+    "pixels.bits": (8, 16),
+    "loader.truncated": ("skip", "use"),
+    "loader.colour": ("auto", "workers", "device"),
     "cluster.kind": ("local",),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
@@ -234,13 +263,18 @@ def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
     return leaves
 
 
-def check(config: DictConfig) -> DictConfig:
+def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictConfig:
     """Check a composed configuration and return it, typed sections converted.
+
+    `sections` are those that a command has beside the run's: what each holds is the dataclass of
+    that name (`selfsight.a.b.Name`), whose source is read as for `_target_` nodes.
 
     Raises:
         ConfigError: one sentence that names the key and, where there is one, the nearest known.
     """
+    sections = sections or {}
     schema = OmegaConf.structured(Run)
+    config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key not in sections])
     for key in config:
         _known(str(key), list(Run.__dataclass_fields__), "the configuration")
         node = schema._get_node(str(key))
@@ -267,7 +301,20 @@ def check(config: DictConfig) -> DictConfig:
             _known(f"{section}.{child}", [f"{section}.{k}" for k in keys], f"the section {section}")
     _check_nodes(OmegaConf.to_container(resolved))
     _check_combinations(resolved)
-    return config
+    for key, target in sections.items():
+        check_section(key, OmegaConf.to_container(whole[key], resolve=True), target)
+    return whole
+
+
+def check_section(path: str, values: Any, target: str) -> None:
+    """Check plain values against the fields of the dataclass `target`: names and plain types.
+
+    Raises:
+        ConfigError: one sentence that names the key and, where there is one, the nearest known.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}={values!r} must hold the keys of {target.rpartition('.')[2]}")
+    _check_call(path, values, signature(target), exact=False)
 
 
 def _known(key: str, known: Sequence[str], where: str) -> None:
@@ -365,6 +412,20 @@ def _check_combinations(c: DictConfig) -> None:
         )
     if c.eval.every is not None and c.eval.every < 1:
         raise ConfigError(f"eval.every={c.eval.every} must be at least 1, or null")
+    if c.pixels.channels < 1:
+        raise ConfigError(f"pixels.channels={c.pixels.channels} must be at least 1")
+    for key in ("mean", "std"):
+        given = len(c.pixels[key])
+        if not c.pixels.estimate and given != c.pixels.channels:
+            raise ConfigError(
+                f"pixels.{key} has {given} values and pixels.channels={c.pixels.channels}: give "
+                "one a channel, or set pixels.estimate=1000 to estimate them from so many images"
+            )
+    plain = c.pixels.channels == 3 and c.pixels.bits == 8
+    if c.loader.colour == "device" and not plain:
+        raise ConfigError(
+            "loader.colour=device works on 8-bit RGB: leave it at auto for other pixels"
+        )
     crops = [int(g.get("count", 1)) for g in (c.views or {}).values()]
     if sum(crops) < 2:
         raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least two")

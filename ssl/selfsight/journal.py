@@ -7,7 +7,7 @@ what is a collective is called by all.
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight.config import ConfigError, flat
+from selfsight.data.sources.source import Source
 from selfsight.distributed import checkpoint, collectives
 from selfsight.distributed.env import World
 from selfsight.distributed.payload import write_tensors
@@ -24,15 +25,18 @@ from selfsight.tracking.console import Console, duration
 from selfsight.tracking.folder import RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.wandb import WandbRun
+from selfsight.tracking.window import Clock
 
 # What may differ when a run goes on: where and how it runs and reports, and how long.
 FREE = (
     "name", "runs_dir", "device", "deterministic", "gpus", "images", "epochs", "steps", "resume",
     "schedule.lr.steps", "schedule.weight_decay.steps",
     "schedule.warmup_steps", "schedule.lr.warmup_steps", "checkpoint.", "loader.workers",
-    "loader.prefetch", "cluster.", "tracking.", "eval.", "data.eval_",
+    "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
+    "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
 )  # fmt: skip
 
+WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 
@@ -52,6 +56,7 @@ class Journal:
         self.wandb: WandbRun | None = None
         self.judge = Judge(warm_until=0)
         self.line: dict[str, Any] = {}
+        self.rate: float | None = None
         self._notices: list[str] = []
         self._first_step = 0
 
@@ -72,14 +77,17 @@ class Journal:
         text = self.folder.config_text()
         if text is None:
             found = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
-            if path.exists() and found - {"checkpoints", "ledger.jsonl"}:
+            if path.exists() and found - {"checkpoints", "ledger.jsonl", "stream.jsonl"}:
                 return f"{path} exists and is not the folder of a run: choose another name="
             return None
         if self.config.resume == "anyway" or not any(self.folder.checkpoints.glob("step_*")):
             return None  # a run that never saved binds nobody
         before, now = flat(OmegaConf.create(text)), flat(self.config)
+        # by default it follows from the run's length, which may change; a value given by hand binds
+        follows = OmegaConf.is_interpolation(self.config.schedule, "warmup_steps")
+        free = FREE if follows else tuple(k for k in FREE if k not in WARMUP)
         for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
-            if before.get(key) != now.get(key) and not key.startswith(FREE):
+            if before.get(key) != now.get(key) and not key.startswith(free):
                 return (
                     f"{path} was started with {key}={before.get(key)}, and now it is "
                     f"{now.get(key)}: choose another name=, or resume=anyway to go on regardless"
@@ -115,6 +123,10 @@ class Journal:
         if self.world.main:
             self.folder.truncate_metrics(state.step)
 
+    def notice(self, text: str) -> None:
+        """Something to tell once the console is open."""
+        self._notices.append(text)
+
     def already_complete(self, state: TrainState) -> dict[str, Any]:
         """Say that there is nothing left to do."""
         self._open_console(state.step, bar=False)
@@ -125,7 +137,13 @@ class Journal:
         return self.folder.summary()
 
     def introduce(
-        self, source: Sized, evaluation: Protocolled, *, own_images: int, parts: int
+        self,
+        source: Source,
+        evaluation: Protocolled,
+        method: Method,
+        *,
+        own_images: int,
+        parts: int,
     ) -> None:
         """Write what the run is, and say it in a few lines."""
         c, world = self.config, self.world
@@ -140,16 +158,15 @@ class Journal:
         for notice in self._notices:
             self._say(notice)
         warm = c.schedule.lr.get("warmup_steps", 0) or 0
-        frozen = c.method.get("freeze_prototypes_steps", 0) or 0
         limit = c.steps // 4 if c.steps else warm
-        self.judge = Judge(warm_until=min(max(warm, frozen, WARM_STEPS), limit))
+        self.judge = Judge(warm_until=min(max(warm, method.warmup_steps, WARM_STEPS), limit))
         length = f"{c.steps} updates" if c.steps else "no end"
         batch = f"{c.batch_size} images an update"
         if world.size > 1 or parts > 1:
             batch += f" = {world.size} processes x {parts} x {own_images // parts}"
         lr = c.schedule.lr.get("peak", c.schedule.lr.get("value"))
         self._say(
-            f"{getattr(source, 'name', 'data')}: {len(source):,} images; {batch}; {length}; "
+            f"{source.name}: {source.extent()}; {batch}; {length}; "
             f"peak lr {lr:.4g}; {world.device.type}, {c.precision}"
         )
         self._say(f"folder {self.folder.path}; {evaluation.protocol}")
@@ -175,7 +192,7 @@ class Journal:
         state: TrainState,
         now: Now,
         figures: Mapping[str, float],
-        rates: Mapping[str, float],
+        clock: Clock,
         new_skips: int,
         method: Method,
     ) -> None:
@@ -185,7 +202,7 @@ class Journal:
         if not self.world.main:
             return
         line = {"step": state.step, **now.values, **figures, "skipped": state.skipped}
-        self.line = {**line, **rates}
+        self.line, self.rate = {**line, **clock.line}, clock.images_per_second
         self.folder.append_metrics(self.line)
         if self.judge.observe(method, figures, now, new_skips, updates):
             self._say(f"step {state.step}: {self.judge.text}")
@@ -244,8 +261,8 @@ class Journal:
         write_tensors(part, method.trunk.state_dict(), self._trunk_metadata(state))
         part.replace(self.folder.trunk)
         took = duration(time.monotonic() - self.started)
-        rate = self.line.get("images_per_second")
-        self._say(f"done: {state.step} updates in {took}" + (f", {rate:.0f} img/s" if rate else ""))
+        rate = f", {self.rate:.0f} img/s" if self.rate else ""
+        self._say(f"done: {state.step} updates in {took}{rate}")
         self._say(f"state: {self.judge.text}")
         self._say(f"trunk: {self.folder.trunk}   figures: {path / 'metrics.jsonl'}")
         self._say(
@@ -285,7 +302,7 @@ class Journal:
             skipped_updates=state.skipped,
             seconds=round(time.monotonic() - self.started, 1),
             loss=self.line.get("loss"),
-            images_per_second=self.line.get("images_per_second"),
+            images_per_second=self.rate,
             verdict=self.judge.verdict.state,
             verdict_text=self.judge.text,
             **state.figures,
@@ -298,7 +315,12 @@ class Journal:
     def _trunk_metadata(self, state: TrainState) -> dict[str, str]:
         c = self.config
         trunk = OmegaConf.to_container(c.model.trunk, resolve=True)
-        pixels = OmegaConf.to_container(c.pixels, resolve=True)
+        pixels = {
+            "channels": c.pixels.channels,
+            "bits": c.pixels.bits,
+            "mean": _numbers(state.method.pixel_mean),
+            "std": _numbers(state.method.pixel_std),
+        }
         return {
             "format": "pt",
             "trunk": json.dumps(trunk),
@@ -306,6 +328,11 @@ class Journal:
             "run": self.name,
             "step": str(state.step),
         }
+
+
+def _numbers(values: torch.Tensor) -> list[float]:
+    """As plain numbers, without the digits that float32 does not have."""
+    return [float(f"{value:.7g}") for value in values.flatten().tolist()]
 
 
 def _latest(figures: Mapping[str, Any]) -> str:

@@ -7,12 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from selfsight.config import divisors_text
+from selfsight.data.decode import DecodeLimits
+from selfsight.data.pixels import RGB, PixelFormat
+from selfsight.data.sources.source import Source
+from selfsight.data.statistics import pixel_statistics
 from selfsight.distributed import collectives
 from selfsight.distributed.env import World
 
@@ -73,6 +78,37 @@ def loader_workers(asked: int | None, world: World) -> int:
     if world.device.type == "cpu":
         return 1
     return max(1, min(8, usable_cores() // world.local_size))
+
+
+def colour_on_device(asked: str, device: torch.device, pixels: PixelFormat) -> bool:
+    """Whether colour, blur and the like are done on the device, or by the loader's processes."""
+    return asked == "device" or (asked == "auto" and device.type == "cuda" and pixels == RGB)
+
+
+def decode_limits(loader: Any) -> DecodeLimits:
+    """The limits that the configuration's section `loader` sets."""
+    fields = DecodeLimits.__dataclass_fields__
+    return DecodeLimits(**{name: loader[name] for name in fields if name in loader})
+
+
+def known_pixels(pixels: Any) -> tuple[list[float], list[float]]:
+    """Means and standard deviations of the channels as configured; until they are estimated, any of
+    that number."""
+    if pixels.estimate:
+        return [0.5] * pixels.channels, [0.5] * pixels.channels
+    return list(pixels.mean), list(pixels.std)
+
+
+def estimate_pixels(
+    source: Source, images: int, limits: DecodeLimits, pixels: PixelFormat
+) -> tuple[list[float], list[float]]:
+    """Means and standard deviations of the channels, estimated by rank 0 from a sample."""
+    found = None
+    if collectives.rank() == 0:
+        statistics = pixel_statistics(source, images, limits=limits, pixels=pixels)
+        found = [statistics.mean, statistics.std]
+    mean, std = collectives.broadcast_json(found)
+    return mean, std
 
 
 def seed_forward(seed: int, step: int, rank: int, micro_batch: int) -> None:

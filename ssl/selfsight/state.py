@@ -32,7 +32,7 @@ class TrainState:
     method: Method
     optimizer: torch.optim.Optimizer
     cursors: Tensor
-    """int64 (batch_size,): the next entry of every lane of the stream, over all ranks."""
+    """int64 (batch_size, 3): the state of every lane of the stream, over all ranks."""
     small: Mapping[str, Stateful] = field(default_factory=dict)
     step: int = 0
     """Updates done."""

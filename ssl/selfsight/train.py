@@ -8,9 +8,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight.build import build
+from selfsight.data.lanes import sources_of
 from selfsight.data.ledger import Ledger
-from selfsight.data.loader import Loader, start_server
+from selfsight.data.loader import Loader, finish_colour, start_server
 from selfsight.data.multicrop import CropGroup, MultiCrop
+from selfsight.data.pixels import PixelFormat
+from selfsight.data.stream import CURSOR
+from selfsight.data.stream_log import StreamLog
+from selfsight.data.transfer import Transfer
+from selfsight.data.worker import WorkerLimits
 from selfsight.distributed import collectives
 from selfsight.distributed.env import World
 from selfsight.distributed.parallelize import no_sync, parallelize
@@ -22,6 +28,10 @@ from selfsight.optim.groups import parameter_groups, set_hyperparameters
 from selfsight.runtime import (
     StopRequest,
     autocast_factory,
+    colour_on_device,
+    decode_limits,
+    estimate_pixels,
+    known_pixels,
     loader_workers,
     refuse_too_large,
     seed_forward,
@@ -59,16 +69,23 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     if config.steps == "auto":
         config.steps = math.ceil(config.epochs * len(source) / config.batch_size)
     steps: int | None = config.steps
+    limits = decode_limits(config.loader)
+    pixels = PixelFormat(config.pixels.channels, config.pixels.bits)
     views = OmegaConf.to_container(config.views, resolve=True)
     assert isinstance(views, dict)
-    multicrop = MultiCrop({str(group): CropGroup(**crops) for group, crops in views.items()})
+    multicrop = MultiCrop(
+        {str(group): CropGroup(**crops) for group, crops in views.items()},
+        reduced=config.loader.reduced,
+        pixels=pixels,
+        colour=not colour_on_device(config.loader.colour, device, pixels),
+    )
 
     # ------------------------------------------------------------------------------- method
     with torch.device("meta"):
         refuse_too_large(build(config.method), world)
     torch.manual_seed(config.seed)
     method: Method = build(config.method)
-    method.set_pixels(config.pixels.mean, config.pixels.std)
+    method.set_pixels(*known_pixels(config.pixels))
     method.to(device)
 
     # ------------------------------------------------------------------------- parallelise
@@ -96,12 +113,24 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     state = TrainState(
         method,
         optimizer,
-        cursors=torch.zeros(config.batch_size, dtype=torch.int64),
+        cursors=torch.zeros(config.batch_size, CURSOR, dtype=torch.int64),
         small={"scaler": scaler, **plateaus},
     )
     journal.resume(state)
     if steps is not None and state.step >= steps:
         return journal.already_complete(state)
+
+    ledger = Ledger(journal.folder.ledger)
+    log = StreamLog(
+        journal.folder.stream,
+        sources_of(source),
+        fresh=state.step == 0,
+        strict=config.resume == "strict",
+    )
+    if state.step == 0 and world.main:
+        ledger.clear()
+    if state.step == 0 and config.pixels.estimate:
+        method.set_pixels(*estimate_pixels(source, config.pixels.estimate, limits, pixels))
 
     # ------------------------------------------------------- loader, evaluation, first figures
     evaluation = OnlineEvaluation(
@@ -113,6 +142,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         neighbours=config.eval.neighbours,
         temperature=config.eval.temperature,
         batch_size=config.eval.batch_size,
+        limits=limits,
+        pixels=pixels,
         device=device,
         autocast=autocast,
     )
@@ -126,11 +157,19 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         world_size=world.size,
         workers=workers,
         prefetch=config.loader.prefetch,
-        cursors=state.cursors.view(world.size, -1)[world.rank].clone(),
-        ledger=Ledger(journal.folder.ledger),
-        max_pixels=config.loader.max_pixels,
+        cursors=state.cursors.view(world.size, -1, CURSOR)[world.rank].clone(),
+        ledger=ledger,
+        log=log,
+        options={"limits": limits},
+        max_bad_share=config.loader.max_bad_share,
+        limits=WorkerLimits(
+            config.loader.decode_seconds, config.loader.fetch_seconds, config.loader.growth_gb
+        ),
     )
-    journal.introduce(source, evaluation, own_images=own_images, parts=parts)
+    stream = Transfer(
+        loader, device, memory=loader.memory, finish=finish_colour, notice=journal.notice
+    )
+    journal.introduce(source, evaluation, method, own_images=own_images, parts=parts)
     if state.step == 0:
         journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
 
@@ -140,8 +179,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     skipped = torch.zeros((), device=device)
     try:
         while (steps is None or state.step < steps) and not stop.agreed:
-            # global batch number `state.step`: this rank's lanes, as uint8, in micro-batches
-            batches = [part.to(device) for part in next(loader).micro(parts)]
+            # global batch number `state.step`: this rank's lanes, in micro-batches
+            batches = next(stream).micro(parts)
             values = {key: schedule(state.step) for key, schedule in schedules.items()}
             reseed = partial(seed_forward, config.seed, state.step, world.rank)
             now = Now(state.step, steps, values, reseed)
@@ -189,16 +228,16 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                     plateau.observe(state.step, figures["loss"])
                 new_skips = int(skipped)
                 skipped.zero_()
-                rates = clock.rates(loader.wait_seconds)
-                journal.record_line(state, now, figures, rates, new_skips, method)
+                clock.mark_line(stream.wait_seconds)
+                journal.record_line(state, now, figures, clock, new_skips, method)
             with clock.paused():
                 if evaluates:
                     journal.record_evaluation(state, evaluation.run(method))
                 if saves:
-                    state.cursors = collectives.all_gather_rows(loader.cursors)
+                    state.cursors = collectives.all_gather_rows(stream.cursors)
                     journal.save(state)
     finally:
-        loader.close()
+        stream.close()
         stop.close()
         journal.close_progress()
 

@@ -82,6 +82,24 @@ def test_resize_is_pillows(picture, size, interpolation):
     assert np.abs(out - expected).max() <= 2
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resize_of_any_number_of_channels_and_16_bits(channels, interpolation):
+    """Each channel as Pillow resizes it in floats."""
+    rng = np.random.default_rng(channels)
+    pixels = rng.integers(0, 65536, (90, 120, channels), dtype=np.uint16)
+    small = (pixels >> 8).astype(np.uint8)
+    filter_ = getattr(Image.Resampling, interpolation.upper())
+    for source, tolerance in ((pixels, 0.55), (small, 2)):
+        out = np.zeros((1, 33, 21, channels), source.dtype)
+        resize(planes(source[None]), Box(3, 5, 80, 100), planes(out), interpolation)
+        for c in range(channels):
+            plane = Image.fromarray(source[3:83, 5:105, c].astype(np.float32))
+            expected = np.asarray(plane.resize((21, 33), filter_))
+            expected = expected.clip(0, np.iinfo(source.dtype).max)
+            assert np.abs(out[0, :, :, c] - expected).max() <= tolerance
+
+
 def test_resize_writes_in_place_into_strided_slots(picture):
     memory = np.zeros((2, 5, 16, 16, 3), np.uint8)  # (count, b, s, s, 3), sample 3
     source = planes(picture(2, 60, 50)[None])

@@ -1,31 +1,15 @@
 import io
-import json
-import tarfile
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from selfsight.data.crops import Box, planes, resize
 from selfsight.data.decode import DecodeError, Encoded
+from tests.data.images import decode, interlaced, off, save, uncurated
 
-
-def decode(data: bytes, **options: int) -> np.ndarray:
-    image = Encoded(data, **options)
-    pixels = image.decode()
-    assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-    assert pixels.shape == (image.height, image.width, 3)
-    return pixels
-
-
-def save(image: Image.Image, form: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)  # type: ignore[arg-type]
-    return file.getvalue()
-
-
-def off(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+JPEG_1X1 = save(Image.new("L", (1, 1)), "JPEG")
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF", "JPEG"])
@@ -120,16 +104,6 @@ def test_postscript_is_not_run():
         decode(eps)
 
 
-def test_pixel_limit_is_checked_against_the_header(picture, encode, hostile):
-    with pytest.raises(DecodeError, match="900000000 pixels"):
-        Encoded(hostile["bomb.png"])
-    for form in ("JPEG", "PNG"):
-        data = encode(picture(8, 50, 40), form)
-        assert decode(data, max_pixels=2000).shape == (40, 50, 3)
-        with pytest.raises(DecodeError, match="50x40 pixels, more than the limit of 1,999"):
-            Encoded(data, max_pixels=1999)
-
-
 def test_a_jpeg_with_a_harmless_fault_is_used(picture, encode):
     data = encode(picture(9, 50, 40))
     end = 4 + int.from_bytes(data[4:6], "big")  # of the first segment
@@ -154,19 +128,29 @@ def test_damaged_input_never_raises_anything_else(picture, encode):
     assert 0 < used < 360
 
 
+def test_interlaced_animated_and_ycck(picture):
+    image, other = (Image.fromarray(picture(n, 64, 48)) for n in (0, 1))
+    assert np.array_equal(decode(interlaced(image)), np.asarray(image))
+    for form in ("PNG", "WEBP"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        data = save(image, form, save_all=True, append_images=[other], **options)
+        assert np.array_equal(decode(data), np.asarray(image))
+    ycck = bytearray(save(image.convert("CMYK"), "JPEG", quality=98))
+    ycck[ycck.index(b"Adobe") + 11] = 2  # the transform: the planes are YCC and K
+    with Image.open(io.BytesIO(bytes(ycck))) as stored:
+        assert stored.mode == "CMYK"
+        assert np.array_equal(decode(bytes(ycck)), np.asarray(stored.convert("RGB")))
+
+
+def test_wrong_extensions_mean_nothing(picture, encode):
+    """Only bytes are given: the content alone decides."""
+    for form in ("PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        assert decode(encode(picture(0, 20, 10), form)).shape == (10, 20, 3)
+
+
 def test_the_uncurated_set(sets):
     """Every file that Pillow opens becomes RGB, every other is refused with a reason."""
-    files, outcomes = {}, {}
-    with tarfile.open(sets / "uncurated" / "uncurated-000000.tar") as tar:
-        for member in tar:
-            content = tar.extractfile(member)
-            assert content is not None
-            sample = member.name.split(".")[0]
-            if member.name.endswith(".json"):
-                outcomes[sample] = json.loads(content.read())["outcome"]
-            else:
-                files[sample] = (member.name, content.read())
-    assert len(files) == len(outcomes) == 335
+    files, outcomes = uncurated(sets)
     wrong = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -180,3 +164,80 @@ def test_the_uncurated_set(sets):
             if ok != (outcomes[sample] == "ok"):
                 wrong.append((name, outcomes[sample]))
     assert wrong == []
+
+
+# ------------------------------------------------------------------------- reduced size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_reduced_decoding_shows_the_same_boxes(picture, orientation, options):
+    """Crops of the reduced image against crops of the whole one, at the same place.
+
+    The edges of these boxes need no rounding; the size of the image is no multiple of 8.
+    """
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = picture(3, 403, 301)
+    smooth = Image.fromarray(pixels).resize((403, 301), Image.Resampling.BICUBIC)
+    data = save(smooth, "JPEG", quality=95, exif=exif, **options)
+    whole = decode(data)
+    for reduction in (2, 4, 8):
+        image = Encoded(data)
+        reduced = image.decode(reduction)
+        size = -(-image.height // reduction), -(-image.width // reduction)
+        assert image.reduction == reduction and reduced.shape == (*size, 3)
+        top = image.height % 8 if orientation in (3, 4, 7, 8) else 0  # where a mirrored grid starts
+        left = image.width % 8 if orientation in (2, 3, 6, 7) else 0
+        for box in (
+            Box(top, left, 256, 256),
+            Box(top + 40, left + 24, 128, 192),
+            Box(top + 16, left, 64, 64),
+        ):
+            at = image.place(box)
+            assert (at.height, at.width) == (box.height // reduction, box.width // reduction)
+            a, b = np.empty((2, 8, 8, 3), np.uint8)
+            resize(planes(whole[None]), box, planes(a[None]))
+            resize(planes(reduced[None]), at, planes(b[None]))
+            error = off(a, b)
+            assert error < 1.5, (reduction, box, error)
+            for down, right in ((0, 1), (1, 0), (0, -1), (-1, 0)):  # nowhere is a better place
+                moved = Box(at.top + down, at.left + right, at.height, at.width)
+                y, x = moved.top + moved.height, moved.left + moved.width
+                if min(moved) >= 0 and y <= size[0] and x <= size[1]:
+                    resize(planes(reduced[None]), moved, planes(b[None]))
+                    assert off(a, b) > error
+
+
+def test_boxes_in_reduced_images():
+    """Rounded to the nearest pixel, inside, and no smaller than asked for."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        height, width = (int(n) for n in rng.integers(1, 400, 2))
+        image = Encoded(JPEG_1X1)
+        image.height, image.width = height, width
+        image.reduction = reduction = int(rng.choice((2, 4, 8)))
+        image._orientation = int(rng.integers(1, 9))
+        h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+        box = Box(int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
+        top, left, small_h, small_w = image.place(box)
+        assert top >= 0 and left >= 0 and small_h > 0 and small_w > 0
+        assert top + small_h <= -(-height // reduction)
+        assert left + small_w <= -(-width // reduction)
+        assert small_h >= h // reduction and small_w >= w // reduction
+        assert abs(small_h - h / reduction) <= 1 and abs(small_w - w / reduction) <= 1
+        for start, size, of, whole, mirrored in (
+            (top, small_h, box.top + h / 2, height, image._orientation in (3, 4, 7, 8)),
+            (left, small_w, box.left + w / 2, width, image._orientation in (2, 3, 6, 7)),
+        ):
+            moved = -(-whole // reduction) - whole / reduction if mirrored else 0
+            assert abs(start + size / 2 - of / reduction - moved) <= 1
+
+
+def test_other_formats_are_not_reduced(picture, encode):
+    for form in ("PNG", "WEBP"):
+        image = Encoded(encode(picture(1, 64, 64), form))
+        assert image.decode(4).shape == (64, 64, 3) and image.reduction == 1
+    image = Encoded(save(Image.fromarray(picture(1, 64, 64)).convert("CMYK"), "JPEG"))
+    assert image.decode(4).shape == (64, 64, 3) and image.reduction == 1
+    assert image.place(Box(1, 2, 3, 4)) == Box(1, 2, 3, 4)

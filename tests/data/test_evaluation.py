@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
+from selfsight.data.decode import DecodeLimits
 from selfsight.data.evaluation import read_images
+from selfsight.data.pixels import PixelFormat
 from selfsight.data.sources.folder import ImageFolder
 
 tv: Any = functional  # its annotations name tensors only; it takes Pillow images too
@@ -49,3 +51,27 @@ def test_bad_samples_are_reported_and_threads_change_nothing(photos, hostile):
 def test_resize_below_the_crop_is_refused(photos):
     with pytest.raises(ValueError, match="cannot crop 24 pixels from images resized to 20"):
         read_images(ImageFolder(str(photos)), [0], size=24, resize=20)
+
+
+@pytest.mark.parametrize("size", [(1, 65535), (65535, 1), (9000, 3), (100, 2000)])
+def test_strips_cost_no_more_than_their_middle(tmp_path, size):
+    """Resized as a whole, the first would take 11 GB."""
+    ramp = np.arange(size[0] * size[1], dtype=np.uint32).reshape(size[1], size[0])
+    pixels = (ramp * 255 // ramp.max()).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    images, _, skipped = read_images(ImageFolder(str(tmp_path)), [0], size=64)
+    assert images.shape == (1, 3, 64, 64) and skipped == []
+    middle = float(pixels[size[1] // 2, size[0] // 2])
+    assert abs(float(images.float().mean()) - middle) < 2
+
+
+def test_formats_and_limits(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (40, 40), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    source = ImageFolder(str(tmp_path))
+    images, _, _ = read_images(source, [0], size=40, resize=40, pixels=PixelFormat(1, 16))
+    assert images.dtype == torch.uint16 and images.shape == (1, 1, 40, 40)
+    assert np.array_equal(images[0, 0].numpy(), deep)
+    for options in ({"max_pixels": 1599}, {"limits": DecodeLimits(max_pixels=1599)}):
+        images, _, skipped = read_images(source, [0], size=40, **cast(Any, options))
+        assert len(images) == 0 and "more than the limit of 1,599" in skipped[0].reason

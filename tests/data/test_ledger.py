@@ -29,6 +29,15 @@ def test_a_resumed_run_does_not_list_a_position_twice(tmp_path):
     assert [line["position"] for line in read(path)] == [2, 5, 8, 11]
 
 
+def test_what_is_listed_comes_back_as_events(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    failures = [Failure("web", "a", "cut", 1), Failure("web", "s.tar", "gone", 7, turn=2)]
+    Ledger(path).write(failures)
+    assert Ledger(path).resume(0) == {1: failures[0], 7: failures[1]}
+    assert Ledger(path).resume(2) == {7: failures[1]}
+    assert "turn" not in read(path)[0] and read(path)[1]["turn"] == 2
+
+
 def test_a_line_cut_by_a_kill_is_written_again(tmp_path):
     path = tmp_path / "ledger.jsonl"
     Ledger(path).write([Failure("web", "a", "cut", 1), Failure("web", "b", "cut", 2)])

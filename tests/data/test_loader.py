@@ -25,6 +25,7 @@ from selfsight.data.sources.packed import PackedNpz
 from selfsight.data.sources.shards import TarShards
 from selfsight.data.sources.source import Record, Source
 from selfsight.data.stream import Stream
+from selfsight.data.worker import WorkerLimits
 
 BATCH = 8
 STEPS = 7
@@ -100,7 +101,7 @@ def expected(sources: dict[str, Source]) -> dict[str, list[tuple[torch.Tensor, .
 
 def test_shapes_positions_and_labels(sources, expected):
     folder = sources["folder"]
-    stream = Stream(len(folder), BATCH, 5)
+    stream = Stream([len(folder)], 1, BATCH, 5)
     for positions, labels, globals_, locals_, _ in expected["folder"]:
         assert globals_.shape == (2, BATCH, 3, 24, 24) and locals_.shape == (3, BATCH, 3, 16, 16)
         assert globals_.dtype == torch.uint8
@@ -108,7 +109,7 @@ def test_shapes_positions_and_labels(sources, expected):
             zip(positions.tolist(), labels.tolist(), strict=True)
         ):
             assert position % BATCH == lane
-            record = folder.read(stream.entry(lane, position // BATCH).item)
+            record = folder.read(stream.piece(lane, position // BATCH).shard)
             assert label == (-1 if record.label is None else record.label)
 
 
@@ -175,22 +176,34 @@ def test_a_killed_worker_is_replaced(sources, expected, victim):
 
 
 class Slow(Source):
-    """Images that take a while, and a death at one of them. Imported by the workers."""
+    """Images that take a while, with a fault at one of them (-1: all). Imported by the workers."""
 
     name = "slow"
 
-    def __init__(self, seconds: float, deadly: int | None = None, wrong: int | None = None):
-        self.seconds, self.deadly, self.wrong = seconds, deadly, wrong
+    def __init__(
+        self,
+        seconds: float,
+        deadly: int | None = None,
+        wrong: int | None = None,
+        hanging: int | None = None,
+        leak: int = 0,
+    ) -> None:
+        self.seconds, self.deadly, self.wrong, self.hanging = seconds, deadly, wrong, hanging
+        self.leak, self.leaked = leak, []
 
     def __len__(self) -> int:
         return 64
 
     def read(self, index: int) -> Record:
         time.sleep(self.seconds)
-        if index == self.deadly:
+        if self.deadly in (index, -1):
             os.kill(os.getpid(), signal.SIGKILL)
         if index == self.wrong:
             raise ZeroDivisionError("a mistake in the source")
+        if index == self.hanging:
+            time.sleep(60)
+        if self.leak:
+            self.leaked.append(b"x" * self.leak)
         return Record(str(index), np.full((20, 30, 3), index, np.uint8), index)
 
 
@@ -214,14 +227,66 @@ def test_a_death_in_the_middle_of_a_batch_is_noticed_at_once():
         assert same(take(loader, 2), expected[1:])
 
 
-def test_a_sample_that_kills_workers_ends_in_a_sentence():
+def test_a_sample_that_kills_workers_is_passed_over(tmp_path):
+    """And listed; a resumed run passes it over without dying again, and reads the same."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+
+    def read(workers: int, deadly: int | None, steps: int, cursors=None):
+        with Loader(
+            Slow(0.0, deadly=deadly), multicrop(), batch_size=BATCH, seed=1,
+            workers=workers, ledger=ledger, cursors=cursors,
+        ) as loader:  # fmt: skip
+            return take(loader, steps)
+
+    batches = read(2, 20, 8)
+    labels = torch.cat([batch[1] for batch in batches]).tolist()
+    assert len(labels) == 64 and set(labels) == set(range(64)) - {20}
+    (line,) = [json.loads(text) for text in ledger.path.read_text().splitlines()]
+    assert line["key"] == "20" and "died over it twice (signal 9)" in line["reason"]
+    again = read(0, 20, 6, cursors=batches[1][-1])
+    assert same(again, batches[2:])
+    # the same without the danger: what is listed counts
+    assert same(read(1, None, 8, cursors=torch.zeros(BATCH, 3).long()), batches)
+
+
+def test_deaths_at_many_samples_end_in_a_sentence():
     with (
-        Loader(Slow(0.0, deadly=20), multicrop(), batch_size=BATCH, seed=1, workers=2) as loader,
-        pytest.raises(RuntimeError, match="a loader worker died 3 times at the same batch"),
+        Loader(Slow(0.0, deadly=-1), multicrop(), batch_size=BATCH, seed=1, workers=1) as loader,
+        pytest.raises(RuntimeError, match="a loader worker died 5 times at the same batch"),
     ):
         take(loader, 8)
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+
+
+def test_a_sample_that_hangs_is_passed_over(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    limits = WorkerLimits(fetch_seconds=1.0)
+    with Loader(
+        Slow(0.0, hanging=20), multicrop(), batch_size=BATCH, seed=1,
+        workers=2, ledger=ledger, limits=limits,
+    ) as loader:  # fmt: skip
+        batches = take(loader, 8)
+    labels = torch.cat([batch[1] for batch in batches]).tolist()
+    assert len(labels) == 64 and set(labels) == set(range(64)) - {20}
+    (line,) = [json.loads(text) for text in ledger.path.read_text().splitlines()]
+    assert line["key"] == "20" and "fetching it took more than 1 s" in line["reason"]
+
+
+def test_a_worker_that_grows_is_replaced():
+    with Loader(Slow(0.0), multicrop(), batch_size=BATCH, seed=1) as loader:
+        expected = take(loader, 6)
+    limits = WorkerLimits(growth_gb=0.05)
+    with Loader(
+        Slow(0.0, leak=10_000_000), multicrop(), batch_size=BATCH, seed=1, workers=1, limits=limits
+    ) as loader:
+        pids = set()
+        batches = []
+        for _ in range(6):
+            batches += take(loader, 1)
+            pids.add(loader._workers[0].process.pid)
+    assert len(pids) > 1
+    assert same(batches, expected)
 
 
 def test_an_error_in_a_worker_surfaces():
@@ -287,7 +352,12 @@ def test_max_pixels_reaches_the_workers(sources):
     seen = []
     for limit in (100_000_000, 3000):
         with Loader(
-            sources["folder"], multicrop(), batch_size=BATCH, seed=5, workers=1, max_pixels=limit
+            sources["folder"],
+            multicrop(),
+            batch_size=BATCH,
+            seed=5,
+            workers=1,
+            options={"max_pixels": limit},
         ) as loader:
             seen.append(take(loader, 2)[1][-1].sum().item())
     assert seen[1] > seen[0]  # more entries were passed over
@@ -297,7 +367,9 @@ def test_mistakes_are_one_sentence(sources):
     with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
         Loader(sources["folder"], multicrop(), batch_size=BATCH, seed=0, world_size=3)
     with pytest.raises(ValueError, match="the saved stream has 4 lanes on this rank"):
-        Loader(sources["folder"], multicrop(), batch_size=8, seed=0, cursors=torch.zeros(4).long())
+        Loader(
+            sources["folder"], multicrop(), batch_size=8, seed=0, cursors=torch.zeros(4, 3).long()
+        )
 
 
 def test_waiting_is_counted(sources):

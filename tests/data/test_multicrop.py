@@ -1,5 +1,6 @@
+import io
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -7,15 +8,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from selfsight.data.decode import DecodeError
+from selfsight.data import photometric
+from selfsight.data.decode import DecodeError, DecodeLimits
 from selfsight.data.multicrop import CropGroup, MultiCrop
+from selfsight.data.pixels import RGB, PixelFormat
 
 tv: Any = functional  # its annotations name tensors only; it takes Pillow images too
 
 
-def render(multicrop: MultiCrop, data, *, seed=0, epoch=0, key="k") -> list[np.ndarray]:
-    views = [np.zeros(shape, np.uint8) for shape in multicrop.shapes(1)]
-    multicrop(data, [view[:, 0] for view in views], seed=seed, epoch=epoch, key=key)
+def render(multicrop: MultiCrop, data, *, seed=0, epoch=0, key="k", **options) -> list[np.ndarray]:
+    views = [np.zeros(shape, multicrop.dtype) for shape in multicrop.shapes(1)]
+    multicrop(data, [view[:, 0] for view in views], seed=seed, epoch=epoch, key=key, **options)
     return [view[:, 0] for view in views]
 
 
@@ -139,6 +142,157 @@ def test_probabilities_and_ranges():
             assert high - 0.02 * (high - low) < factors.max() <= high
         first = [c.jitter[0][0] for c in chosen if c.jitter]
         assert np.abs(np.bincount(first, minlength=4) / len(first) - 0.25).max() < tolerance
+
+
+# ------------------------------------------------------------------------- reduced decoding
+
+SMALL = {"global": CropGroup(32, 2, (0.14, 1.0)), "local": CropGroup(16, 3, (0.05, 0.14))}
+
+
+def test_no_crop_is_enlarged_by_a_reduced_image(picture, encode):
+    multicrop = MultiCrop(SMALL)
+    sizes = [32, 32, 16, 16, 16]
+    seen = set()
+    for n in range(400):
+        width, height = 60 + 11 * (n % 90), 80 + 7 * (n % 130)
+        views = multicrop.plan(0, 0, str(n), width, height)
+        reduction = multicrop.reduction(views)
+        seen.add(reduction)
+        sides = [min(v.box.height, v.box.width) for v in views]
+        margins = [side // size for side, size in zip(sides, sizes, strict=True)]
+        assert reduction == 1 or all(m >= reduction for m in margins)
+        if reduction < 8:  # and the next would be too much
+            assert any(m < 2 * reduction for m in margins)
+    assert seen == {1, 2, 4, 8}
+
+
+def test_views_of_a_reduced_image_are_nearly_those_of_the_whole(picture, encode):
+    """Within the rounding of the boxes, half a pixel of the view; the plan is the same."""
+    errors, reduced = [], 0
+    for n in range(12):
+        coarse = Image.fromarray(picture(n, 80, 60))
+        data = encode(np.asarray(coarse.resize((800, 600), Image.Resampling.BICUBIC)), quality=92)
+        a = MultiCrop(SMALL, colour=False)
+        b = MultiCrop(SMALL, colour=False, reduced=False)
+        plan = a.plan(0, 0, str(n), 800, 600)
+        reduced += a.reduction(plan) > 1
+        for x, y in zip(render(a, data, key=str(n)), render(b, data, key=str(n)), strict=True):
+            errors += [np.abs(u.astype(float) - v).mean() for u, v in zip(x, y, strict=True)]
+    assert reduced >= 6
+    assert np.mean(errors) < 4 and max(errors) < 12, (np.mean(errors), max(errors))
+    assert np.max(errors) > 0
+
+
+def test_the_reduction_is_the_same_whoever_asks(picture, encode):
+    data = encode(np.asarray(Image.fromarray(picture(1, 80, 60)).resize((800, 600))))
+    first = render(MultiCrop(SMALL), data)
+    for view, again in zip(first, render(MultiCrop(SMALL), data), strict=True):
+        assert np.array_equal(view, again)
+
+
+def test_plans_come_back_and_colour_can_be_left_to_others(picture):
+    pixels = picture(2, 90, 70)
+    with_colour, without = MultiCrop(SMALL), MultiCrop(SMALL, colour=False)
+    outs = [np.zeros(shape, np.uint8)[:, 0] for shape in without.shapes(1)]
+    views = without(pixels, outs, seed=3, epoch=1, key="k")
+    assert views == with_colour.plan(3, 1, "k", 90, 70)
+    operations = photometric.operations(RGB)
+    crops = [crop for out in outs for crop in out]
+    for crop, view in zip(crops, views, strict=True):
+        for operation, factor in view.jitter:
+            operations.jitter[operation](crop, factor)
+        if view.gray:
+            operations.gray(crop)
+        if view.blur:
+            operations.blur(crop, view.blur)
+    expected = render(with_colour, pixels, seed=3, epoch=1)
+    assert all(np.array_equal(a, b) for a, b in zip(outs, expected, strict=True))
+
+
+# ------------------------------------------------------------------------- formats of pixels
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_views_of_other_formats(channels, bits):
+    form = PixelFormat(channels, bits)
+    group = {"jitter_strengths": (0.4, 0.4, 0, 0), "gray": 0.0, "solarize": 0.3}
+    groups = {"g": CropGroup(24, 6, (0.2, 1.0), **group)}
+    multicrop = MultiCrop(groups, pixels=form)
+    assert multicrop.shapes(4) == [(6, 4, 24, 24, channels)]
+    assert multicrop.dtype == (np.uint8 if bits == 8 else np.uint16)
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (6, 8, channels), dtype=np.uint8)
+    planes = [Image.fromarray(coarse[:, :, c]).resize((80, 60)) for c in range(channels)]
+    pixels = np.stack([np.asarray(plane) for plane in planes], 2)
+    deep = pixels if bits == 8 else pixels.astype(np.uint16) * 257
+    views = render(multicrop, deep)[0]
+    # Each channel alone gives that channel of the views where nothing mixes them: geometry, blur.
+    plain = CropGroup(24, 6, (0.2, 1.0), jitter_probability=0.0, gray=0.0, blur=1.0)
+    alone = MultiCrop({"g": plain}, pixels=PixelFormat(1, bits))
+    both = render(MultiCrop({"g": plain}, pixels=form), deep)[0]
+    for c in range(channels):
+        assert np.array_equal(render(alone, deep[:, :, c : c + 1])[0][..., 0], both[..., c])
+    # 16 bits are those of 8, but finer.
+    if bits == 16:
+        coarse_views = render(MultiCrop(groups, pixels=PixelFormat(channels, 8)), pixels)[0]
+        difference = np.abs(views / 257 - coarse_views)
+        assert np.median(difference) < 1 and np.quantile(difference, 0.97) < 3
+        assert len(np.unique(views)) > 256
+    if channels == 1:
+        file = io.BytesIO()
+        Image.fromarray(deep[:, :, 0]).save(file, "PNG")
+        assert np.array_equal(render(multicrop, file.getvalue())[0], views)
+
+
+def test_16_bit_colour_is_that_of_8_bits(picture):
+    pixels = picture(3, 90, 70)
+    fine = render(MultiCrop(SMALL, pixels=PixelFormat(3, 16)), pixels.astype(np.uint16) * 257)
+    for a, b in zip(render(MultiCrop(SMALL), pixels), fine, strict=True):
+        difference = np.abs(b / 257 - a)
+        # 8-bit operations cut to whole levels one after the other
+        assert np.median(difference) < 2 and difference.mean() < 2, difference.mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "views.g: gray must be 0 for images of 1 channels"),
+        ({"gray": 0.0}, "views.g: jitter_strengths of saturation and hue must be 0"),
+        ({"gray": 0.0, "jitter_strengths": (0.4, 0.4, 0.0, 0.1)}, "saturation and hue must be 0"),
+    ],
+)
+def test_colour_without_colours_is_refused(options, message):
+    groups = {"g": CropGroup(24, 1, (0.2, 1.0), **options)}
+    with pytest.raises(ValueError, match=message):
+        MultiCrop(groups, pixels=PixelFormat(1))
+    assert MultiCrop(groups).shapes(1) == [(1, 1, 24, 24, 3)]
+
+
+def test_arrays_of_the_wrong_kind_are_bad_samples():
+    multicrop = MultiCrop({"g": CropGroup(16, 1, (0.14, 1.0))})
+    for shape, dtype, message in (
+        ((20, 20, 5), np.uint8, "5 channels, where 3 are wanted"),
+        ((20, 20, 3), np.float32, "of float32, not"),
+        ((20, 0, 3), np.uint8, r"an array \(20, 0, 3\)"),
+        ((20,), np.uint8, "an array"),
+    ):
+        with pytest.raises(DecodeError, match=message):
+            render(multicrop, np.zeros(shape, dtype))
+    assert render(multicrop, np.zeros((20, 20), np.uint8))[0].shape == (1, 16, 16, 3)
+
+
+def test_limits_reach_the_decoder(picture, encode):
+    multicrop = MultiCrop({"g": CropGroup(16, 1, (0.14, 1.0))})
+    data = encode(picture(0, 50, 40))
+    for options in ({"max_pixels": 1999}, {"limits": DecodeLimits(max_pixels=1999)}):
+        refused = pytest.raises(DecodeError, match="50x40 pixels, more than the limit of 1,999")
+        with refused:
+            render(multicrop, data, **cast(Any, options))
+    cut = data[: len(data) * 9 // 10]
+    with pytest.raises(DecodeError):
+        render(multicrop, cut)
+    assert render(multicrop, cut, limits=DecodeLimits(truncated="use"))[0].any()
 
 
 def test_bad_samples_raise_and_nothing_else(hostile):

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from selfsight.data.rng import hash64
-from selfsight.data.stream import Permutation, Stream, lanes_of
+from selfsight.data.stream import (
+    Permutation,
+    Piece,
+    Stream,
+    UnknownPass,
+    lane_sources,
+    lanes_of,
+)
 
 
 @pytest.mark.parametrize("key", [0, 1, hash64("any")])
@@ -50,32 +57,96 @@ def test_permutations_of_short_lengths_all_occur():
     assert len(seen) == 6 and min(seen.values()) > 300
 
 
+def order(stream: Stream, turns: int) -> list[Piece]:
+    """The pieces of all lanes, turn by turn."""
+    return [stream.piece(lane, t) for t in range(turns) for lane in range(stream.lanes)]
+
+
 def test_epochs_are_uncorrelated():
     length = 5000
-    stream = Stream(length, 1, seed=0)
+    stream = Stream([length], 1, 1, seed=0)
     orders = np.array(
-        [[stream.entry(0, e * length + i).item for i in range(length)] for e in (0, 1)]
+        [[stream.piece(0, e * length + i).shard for i in range(length)] for e in (0, 1)]
     )
     assert abs(np.corrcoef(orders)[0, 1]) < 4 / np.sqrt(length)
     assert (orders[0] == orders[1]).sum() < 10
 
 
-@pytest.mark.parametrize(("length", "lanes"), [(3, 8), (10, 4), (64, 16), (1, 4), (101, 7)])
-def test_each_epoch_holds_each_item_once(length, lanes):
-    stream = Stream(length, lanes, seed=3)
-    entries = [stream.entry(lane, i) for i in range(3 * length) for lane in range(lanes)]
-    assert [e.position for e in entries] == list(range(3 * length * lanes))
+@pytest.mark.parametrize("pieces", [1, 3, 16])
+@pytest.mark.parametrize(("shards", "lanes"), [(3, 8), (10, 4), (64, 16), (1, 4), (101, 7)])
+def test_each_pass_holds_each_piece_once(shards, lanes, pieces):
+    stream = Stream([shards], pieces, lanes, seed=3)
+    read = order(stream, 3 * shards * pieces)
     for epoch in range(3):
-        items = [e.item for e in entries if e.epoch == epoch]
-        assert sorted(items) == list(range(length))
+        seen = [(shard, piece) for e, shard, piece in read if e == epoch]
+        assert sorted(seen) == [(s, p) for s in range(shards) for p in range(pieces)]
+    passes = [epoch for epoch, _, _ in read]
+    assert passes == sorted(passes)
 
 
-def test_an_entry_depends_on_nothing_else():
-    a, b = Stream(1000, 8, seed=1), Stream(1000, 8, seed=1)
-    forward = [a.entry(lane, i) for i in range(300) for lane in range(8)]
-    backward = [b.entry(lane, i) for i in reversed(range(300)) for lane in reversed(range(8))]
+def test_neighbouring_lanes_share_a_shard():
+    stream = Stream([100], 4, 8, seed=0)
+    shards = [[stream.piece(lane, turn).shard for lane in range(8)] for turn in range(20)]
+    assert all(len(set(turn[:4])) == len(set(turn[4:])) == 1 for turn in shards)
+
+
+def test_members_of_a_piece_have_an_order_of_their_own():
+    stream = Stream([5], 2, 4, seed=0)
+    orders = [
+        tuple(stream.members(Piece(epoch, shard, number), 50)(np.arange(50)).tolist())
+        for epoch in range(3)
+        for shard in range(5)
+        for number in range(2)
+    ]
+    assert len(set(orders)) == 30 and all(sorted(o) == list(range(50)) for o in orders)
+
+
+def test_a_piece_depends_on_nothing_else():
+    a, b = Stream([1000], 1, 8, seed=1), Stream([1000], 1, 8, seed=1)
+    forward = [a.piece(lane, turn) for turn in range(300) for lane in range(8)]
+    backward = [b.piece(lane, t) for t in reversed(range(300)) for lane in reversed(range(8))]
     assert forward == backward[::-1]
-    assert forward[:100] != [Stream(1000, 8, seed=2).entry(n % 8, n // 8) for n in range(100)]
+    assert forward[:100] != order(Stream([1000], 1, 8, seed=2), 13)[:100]
+
+
+def test_a_growing_stream_asks_for_each_pass():
+    stream = Stream([3], 2, 4, seed=0, grows=True)
+    first = [stream.piece(lane, turn) for turn in range(1) for lane in range(4)]
+    first += [stream.piece(lane, 1) for lane in range(2)]
+    assert {p.epoch for p in first} == {0}
+    with pytest.raises(UnknownPass) as asked:
+        stream.piece(2, 1)
+    assert asked.value.epoch == 1
+    stream.settle(1, 5)
+    later = [stream.piece(2, 1), stream.piece(3, 1), *(stream.piece(n, 2) for n in range(4))]
+    later += [stream.piece(n, 3) for n in range(4)]
+    assert sorted(p[1:] for p in later) == [(s, p) for s in range(5) for p in range(2)]
+    with pytest.raises(UnknownPass):
+        stream.piece(0, 4)
+    # what was settled at once or one by one is the same order, and settling again changes nothing
+    stream.settle(1, 5)
+    whole = Stream([3, 5], 2, 4, seed=0, grows=True)
+    assert [whole.piece(n % 4, n // 4) for n in range(16)] == [
+        stream.piece(n % 4, n // 4) for n in range(16)
+    ]
+
+
+@pytest.mark.parametrize("weights", [[1.0], [3, 1], [0.9, 0.05, 0.05], [1, 1, 1], [100, 1]])
+@pytest.mark.parametrize("lanes", [8, 64, 256])
+def test_sources_get_their_share_of_the_lanes(weights, lanes):
+    sources = lane_sources(weights, lanes)
+    counts = np.bincount(sources, minlength=len(weights))
+    exact = np.array(weights) * lanes / sum(weights)
+    assert counts.sum() == lanes and counts.min() >= 1
+    assert (np.abs(counts - exact) < 1).all() or exact.min() < 1
+    # every half of the lanes has about half of each
+    half = np.bincount(sources[: lanes // 2], minlength=len(weights))
+    assert (np.abs(half - counts / 2) <= 1).all()
+
+
+def test_more_sources_than_lanes():
+    with pytest.raises(ValueError, match="3 sources cannot share a batch of 2 images"):
+        lane_sources([1, 1, 1], 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -30,17 +30,30 @@ def test_pauses_do_not_count():
     clock.update()
     with clock.paused():
         time.sleep(0.3)
-    rates = clock.rates(waited=0.0)
-    assert rates["images_per_second"] > 10 / 0.25
-    assert clock.images == 10
-    assert clock.images_per_second == pytest.approx(rates["images_per_second"])
+    clock.mark_line(waited=0.0)
+    assert clock.line["images_per_second"] > 10 / 0.25
+    assert clock.images_per_second == pytest.approx(clock.line["images_per_second"])
+
+
+def test_the_overall_rate_is_that_of_all_lines():
+    clock = Clock(10)
+    clock.update()
+    time.sleep(0.05)
+    clock.mark_line(waited=0.0)
+    first = clock.line["images_per_second"]
+    time.sleep(0.05)
+    clock.mark_line(waited=0.0)
+    assert clock.line["images_per_second"] == 0.0
+    assert clock.images_per_second is not None and 0 < clock.images_per_second < 0.8 * first
 
 
 def test_the_share_of_waiting_is_between_calls():
     clock = Clock(1)
     clock.update()
     time.sleep(0.05)
-    assert clock.rates(waited=100.0)["data_wait"] == 1.0
+    clock.mark_line(waited=100.0)
+    assert clock.line["data_wait"] == 1.0
     clock.update()
     time.sleep(0.05)
-    assert clock.rates(waited=100.0)["data_wait"] == 0.0
+    clock.mark_line(waited=100.0)
+    assert clock.line["data_wait"] == 0.0

@@ -31,7 +31,8 @@ def trunk_arguments(name) -> dict[str, Any]:
     """Arguments of the trunk in conf/model/regnety_NAME.yaml."""
     trunk = load(next(path for path in MODELS if path.stem == f"regnety_{name}"))["trunk"]
     assert trunk.pop("_target_") == "selfsight.trunks.regnet.RegNetY"
-    return trunk
+    assert trunk["in_channels"] == "${pixels.channels}"
+    return trunk | {"in_channels": 3}
 
 
 def torchvision_model(name: str) -> Any:

@@ -230,6 +230,8 @@ def test_model_file_lists_every_argument_and_builds(path):
     arguments = config["trunk"]
     assert arguments.pop("_target_") == "selfsight.trunks.vit.VisionTransformer"
     assert list(arguments) == list(inspect.signature(VisionTransformer).parameters)
+    assert arguments["in_channels"] == "${pixels.channels}"
+    arguments["in_channels"] = 3
     with torch.device("meta"):
         trunk = VisionTransformer(**arguments)
         theirs = timm.create_model(f"{path.stem}_patch16_224", num_classes=0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,15 +14,19 @@ class Batch:
     """The images of one rank in one step.
 
     Attributes:
-        views: one uint8 tensor a crop group, in the order of the config, of shape
-            (count, b, 3, size, size): `count` views of each of `b` images. Memory is channels last.
+        views: one uint8 tensor a crop group (uint16 for images of 16 bits), in the order of the
+            config, of shape (count, b, channels, size, size): `count` views of each of `b` images.
+            Memory is channels last.
         positions: int64 (b,), the position of each sample in the global stream.
         labels: int64 (b,), -1 where the source has none.
+        colour: what is left to do to the views of each group, rows of `photometric_batch.pack`
+            (count, b, columns) on the host; empty where the views are done.
     """
 
     views: list[Tensor]
     positions: Tensor
     labels: Tensor
+    colour: list[np.ndarray] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -39,14 +44,16 @@ class Batch:
                 views=[view[:, i : i + step] for view in self.views],
                 positions=self.positions[i : i + step],
                 labels=self.labels[i : i + step],
+                colour=[rows[:, i : i + step] for rows in self.colour],
             )
             for i in range(0, len(self), step)
         ]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to `device`; the copy does not block where the memory allows it."""
+        """Copy what are tensors to `device`; it does not block where the memory allows it."""
         return Batch(
             views=[view.to(device, non_blocking=True) for view in self.views],
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            colour=self.colour,
         )

@@ -71,17 +71,25 @@ def random_box(
 
 
 def planes(pixels: np.ndarray) -> Tensor:
-    """The same memory, (..., H, W, 3), as a tensor (..., 3, H, W)."""
+    """The same memory, (..., H, W, C), as a tensor (..., C, H, W)."""
     return torch.from_numpy(pixels).movedim(-1, -3)
 
 
 def resize(
     source: Tensor, box: Box, target: Tensor, interpolation: Interpolation = "bilinear"
 ) -> None:
-    """Resize the `box` of uint8 `source` (1, 3, H, W) into `target` (1, 3, h, w), antialiased."""
+    """Resize the `box` of `source` (1, C, H, W) into `target` (1, C, h, w), antialiased.
+
+    Both are uint8, or both uint16: torch has no kernel for these, so they go through float32, which
+    holds them exactly, and are rounded.
+    """
     top, left, h, w = box
     crop = source[:, :, top : top + h, left : left + w]
-    _RESIZE[interpolation](crop, target.shape[2:], False, None, None, out=target)
+    if crop.dtype == torch.uint8:
+        _RESIZE[interpolation](crop, target.shape[2:], False, None, None, out=target)
+        return
+    resized = _RESIZE[interpolation](crop.float(), target.shape[2:], False, None, None)
+    target.copy_(resized.round_().clamp_(0, 65535))
 
 
 def evaluation_geometry(

@@ -15,7 +15,8 @@ import numpy as np
 
 from selfsight.data import photometric
 from selfsight.data.crops import BOX_DRAWS, Box, Interpolation, planes, random_box, resize
-from selfsight.data.decode import MAX_PIXELS, DecodeError, Encoded
+from selfsight.data.decode import DecodeLimits, Encoded
+from selfsight.data.pixels import RGB, PixelFormat, from_array
 from selfsight.data.rng import hash64, mix, uniforms
 
 # Places of the draws of one view. New ones go to the end.
@@ -150,12 +151,44 @@ class MultiCrop:
     """All views of a sample, from named groups of crops.
 
     The name of a group seeds its draws: adding or reordering groups leaves the others' views alone.
+
+    Args:
+        groups: the crops.
+        pixels: channels and bits of the images and of the views.
+        reduced: whether a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop still has
+            at least as many pixels as its view, so that none is enlarged because of it.
+        colour: whether the colour jitter, grey, blur and solarisation are done here; False leaves
+            them to who gets the plans (the flip is done here always).
+
+    Attributes:
+        dtype: of the views, uint8 or uint16.
+
+    Raises:
+        ValueError: no groups, or operations on colour for images that have none.
     """
 
-    def __init__(self, groups: Mapping[str, CropGroup]) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, CropGroup],
+        *,
+        pixels: PixelFormat = RGB,
+        reduced: bool = True,
+        colour: bool = True,
+    ) -> None:
         if not groups:
             raise ValueError("multi-crop needs at least one group of crops under `views`.")
+        for name, group in groups.items() if pixels.channels != 3 else ():
+            strengths = group.jitter_strengths[2:] if group.jitter_probability else (0, 0)
+            if any(strengths) or group.gray:
+                field = "gray" if group.gray else "jitter_strengths of saturation and hue"
+                raise ValueError(
+                    f"views.{name}: {field} must be 0 for images of {pixels.channels} channels, "
+                    "which have no colour."
+                )
         self.groups = dict(groups)
+        self.pixels, self.reduced, self.colour = pixels, reduced, colour
+        self.dtype = np.dtype(pixels.dtype)
+        self._operations = photometric.operations(pixels)
         self._recipes = [_Recipe(g, v) for g in self.groups.values() for v in range(g.count)]
         self._names = np.array(
             [hash64(name, v) for name, g in self.groups.items() for v in range(g.count)],
@@ -163,8 +196,9 @@ class MultiCrop:
         )
 
     def shapes(self, images: int) -> list[tuple[int, ...]]:
-        """Shape of the views of each group for a batch, in memory order: (count, b, s, s, 3)."""
-        return [(g.count, images, g.size, g.size, 3) for g in self.groups.values()]
+        """Shape of the views of each group for a batch, in memory order: (count, b, s, s, C)."""
+        channels = self.pixels.channels
+        return [(g.count, images, g.size, g.size, channels) for g in self.groups.values()]
 
     def plan(self, seed: int, epoch: int, key: str, width: int, height: int) -> list[View]:
         """The views of a sample, group by group, for an image of that size in pixels."""
@@ -174,28 +208,46 @@ class MultiCrop:
             recipe.plan(u, width, height) for recipe, u in zip(self._recipes, draws, strict=True)
         ]
 
-    def render(self, pixels: np.ndarray, views: list[View], outs: list[np.ndarray]) -> None:
-        """Make the planned views of uint8 RGB `pixels` (H, W, 3).
+    def reduction(self, views: list[View]) -> int:
+        """The most of 1, 2, 4, 8 by which the image can be smaller without enlarging a crop."""
+        sizes = (g.size for g in self.groups.values() for _ in range(g.count))
+        most = min(
+            min(view.box.height, view.box.width) // size
+            for view, size in zip(views, sizes, strict=True)
+        )
+        return 8 if most >= 8 else 4 if most >= 4 else 2 if most >= 2 else 1
 
-        `outs` has one uint8 array (count, size, size, 3) a group; each [size, size, 3] must be
-        contiguous.
+    def render(
+        self,
+        pixels: np.ndarray,
+        views: list[View],
+        outs: list[np.ndarray],
+        boxes: list[Box] | None = None,
+    ) -> None:
+        """Make the planned views of `pixels` (H, W, C).
+
+        `outs` has one array (count, size, size, C) a group; each [size, size, C] must be
+        contiguous. `boxes` replace those of the views, for pixels of another size.
         """
         source = planes(pixels[None])
-        planned = iter(views)
+        planned = iter(zip(views, boxes or [view.box for view in views], strict=True))
+        jitter, gray, blur, solarize, flip = self._operations
         for group, out in zip(self.groups.values(), outs, strict=True):
             for crop, target in zip(out, planes(out).split(1), strict=True):
-                view = next(planned)
-                resize(source, view.box, target, group.interpolation)
+                view, box = next(planned)
+                resize(source, box, target, group.interpolation)
                 if view.flip:
-                    photometric.flip(crop)
+                    flip(crop)
+                if not self.colour:
+                    continue
                 for operation, factor in view.jitter:
-                    photometric.JITTER[operation](crop, factor)
+                    jitter[operation](crop, factor)
                 if view.gray:
-                    photometric.gray(crop)
+                    gray(crop)
                 if view.blur:
-                    photometric.blur(crop, view.blur)
+                    blur(crop, view.blur)
                 if view.solarize:
-                    photometric.solarize(crop)
+                    solarize(crop)
 
     def __call__(
         self,
@@ -205,24 +257,25 @@ class MultiCrop:
         seed: int,
         epoch: int,
         key: str,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        """Write all views of one sample (encoded, or uint8 RGB pixels) into `outs`.
+        limits: DecodeLimits | None = None,
+        max_pixels: int | None = None,
+    ) -> list[View]:
+        """Write all views of one sample (encoded, or pixels) into `outs`; gives their plans.
+
+        `max_pixels` stands for limits with that one alone changed.
 
         Raises:
             DecodeError: the sample cannot be used.
         """
         if isinstance(data, np.ndarray):
-            height, width, channels = data.shape
-            assert data.dtype == np.uint8 and channels == 3, (data.dtype, data.shape)
-            self.render(data, self.plan(seed, epoch, key, width, height), outs)
-            return
-        image = Encoded(data, max_pixels)
+            pixels = from_array(data, self.pixels)
+            views = self.plan(seed, epoch, key, pixels.shape[1], pixels.shape[0])
+            self.render(pixels, views, outs)
+            return views
+        if limits is None and max_pixels is not None:
+            limits = DecodeLimits(max_pixels=max_pixels)
+        image = Encoded(data, limits, self.pixels)
         views = self.plan(seed, epoch, key, image.width, image.height)
-        pixels = image.decode()
-        if pixels.shape[:2] != (image.height, image.width):
-            raise DecodeError(
-                f"the header says {image.width}x{image.height}, the pixels are "
-                f"{pixels.shape[1]}x{pixels.shape[0]}"
-            )
-        self.render(pixels, views, outs)
+        pixels = image.decode(self.reduction(views) if self.reduced else 1)
+        self.render(pixels, views, outs, [image.place(view.box) for view in views])
+        return views

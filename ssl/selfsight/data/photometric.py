@@ -5,14 +5,22 @@ clamps to [0, 255] like it: fusing brightness, contrast and saturation into one 
 clamps and is off by 4.6/255 in the mean, and a hue rotation in YIQ by 5.5/255. Blur is a true
 Gaussian, where Pillow's is three box filters. All functions work in place on contiguous uint8 RGB
 (height, width, 3).
+
+`operations` gives those of another format (any number of channels, uint16): the same definitions,
+with white at 65535, and the mean over all channels where there is no colour to take the grey of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import ceil
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from selfsight.data.pixels import PixelFormat, luma
 
 _SOLARIZE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
 
@@ -69,3 +77,75 @@ def flip(pixels: np.ndarray) -> None:
 
 # In the order of the strengths of a colour jitter.
 JITTER = (brightness, contrast, saturation, hue)
+
+
+class Operations(NamedTuple):
+    """What is done to a crop, each in place; `jitter` takes a factor, `blur` its sigma."""
+
+    jitter: tuple[Callable[[np.ndarray, float], None], ...]
+    gray: Callable[[np.ndarray], None]
+    blur: Callable[[np.ndarray, float], None]
+    solarize: Callable[[np.ndarray], None]
+    flip: Callable[[np.ndarray], None]
+
+
+def operations(form: PixelFormat) -> Operations:
+    """The operations on crops (height, width, C) of that format.
+
+    Without colour (C is not 3), saturation, hue and grey raise TypeError: a configuration that asks
+    for them is refused before.
+    """
+    if (form.channels, form.bits) == (3, 8):
+        return Operations(JITTER, gray, blur, solarize, flip)
+    colours: tuple[Callable[[np.ndarray, float], None], ...] = (_no_colour, _no_colour)
+    if form.bits == 8:
+        jitter = (brightness, _contrast_of_many, *colours)
+        return Operations(jitter, _no_colour, blur, solarize, flip)
+    if form.channels == 3:
+        colours = (_saturation_deep, _hue_deep)
+    jitter = (_brightness_deep, partial(_contrast_deep, colour=form.channels == 3), *colours)
+    grey = _gray_deep if form.channels == 3 else _no_colour
+    return Operations(jitter, grey, blur, _solarize_deep, flip)
+
+
+def _no_colour(pixels: np.ndarray, factor: float = 0.0) -> None:
+    raise TypeError(f"images of {pixels.shape[2]} channels have no colour to change.")
+
+
+def _contrast_of_many(pixels: np.ndarray, factor: float) -> None:
+    mean = int(pixels.mean() + 0.5)
+    cv2.addWeighted(pixels, factor, pixels, 0, mean * (1 - factor) + _CUT, dst=pixels)
+
+
+def _store_deep(pixels: np.ndarray, values: np.ndarray) -> None:
+    """Float values into uint16 pixels, clamped and rounded."""
+    np.clip(values, 0, 65535, out=values)
+    pixels[...] = np.rint(values, out=values)
+
+
+def _brightness_deep(pixels: np.ndarray, factor: float) -> None:
+    _store_deep(pixels, pixels * np.float32(factor))
+
+
+def _contrast_deep(pixels: np.ndarray, factor: float, colour: bool) -> None:
+    mean = float((luma(pixels) if colour else pixels).mean())
+    _store_deep(pixels, pixels * np.float32(factor) + np.float32(mean * (1 - factor)))
+
+
+def _saturation_deep(pixels: np.ndarray, factor: float) -> None:
+    grey = luma(pixels)[:, :, None] * np.float32(1 - factor)
+    _store_deep(pixels, pixels * np.float32(factor) + grey)
+
+
+def _hue_deep(pixels: np.ndarray, shift: float) -> None:
+    hsv = cv2.cvtColor(pixels * np.float32(1 / 65535), cv2.COLOR_RGB2HSV)
+    hsv[:, :, 0] = (hsv[:, :, 0] + np.float32(360 * shift)) % 360
+    _store_deep(pixels, cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * np.float32(65535))
+
+
+def _gray_deep(pixels: np.ndarray) -> None:
+    pixels[...] = luma(pixels)[:, :, None]
+
+
+def _solarize_deep(pixels: np.ndarray) -> None:
+    np.subtract(65535, pixels, out=pixels, where=pixels >= 32768, dtype=np.uint16)

@@ -5,6 +5,7 @@ that are not tensors travel as JSON in a byte tensor: nothing is ever unpickled.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,6 +109,20 @@ def all_gather_json(value: Any, group: Group | None = None) -> list[Any]:
     padded[: data.numel()] = data
     blocks = all_gather_rows(padded, group).split(max(lengths))
     return [_decode(block[:length]) for block, length in zip(blocks, lengths, strict=True)]
+
+
+def first_json(key: str, make: Callable[[], Any]) -> Any:
+    """The JSON value that the first rank to ask for `key` made; the others wait for it.
+
+    Not a collective: ranks may ask at different times, or not at all. A key is made once.
+    """
+    if size() == 1:
+        return json.loads(json.dumps(make()))
+    store = dist.distributed_c10d._get_default_store()
+    if store.add(f"{key}/claimed", 1) == 1:
+        value = make()
+        store.set(key, json.dumps(value))
+    return json.loads(store.get(key))
 
 
 def barrier(group: Group | None = None) -> None:

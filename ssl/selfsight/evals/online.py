@@ -3,12 +3,16 @@ labelled. Images are read once and kept as uint8."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from selfsight.data.decode import DecodeLimits
 from selfsight.data.evaluation import read_images
+from selfsight.data.pixels import PixelFormat
 from selfsight.data.sources.source import Source
 from selfsight.evals.features import extract
 from selfsight.evals.knn import knn_top1
@@ -42,6 +46,8 @@ class OnlineEvaluation:
         neighbours: int,
         temperature: float,
         batch_size: int,
+        limits: DecodeLimits,
+        pixels: PixelFormat,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
@@ -55,11 +61,13 @@ class OnlineEvaluation:
             rest = sorted(set(range(len(source))) - set(asked))
             parts = [(source, [rest[i] for i in _spaced(len(rest), images)]), (source, asked)]
         else:
-            parts = [(source, _spaced(len(source), answers))]
+            some = source.excerpt(answers)
+            parts = [(some, list(range(len(some))))]
         self.labelled = len(parts) == 2
-        self.bank, self.bank_labels = _read(*parts[0], size)
+        read = partial(_read, size=size, limits=limits, pixels=pixels)
+        self.bank, self.bank_labels = read(*parts[0])
         if self.labelled:
-            self.queries, self.labels = _read(*parts[1], size)
+            self.queries, self.labels = read(*parts[1])
             if min(int(self.labels.min()), int(self.bank_labels.min())) < 0:
                 raise ValueError(
                     f"{parts[1][0].name}: the split for k-NN has images without a label; set "
@@ -119,8 +127,8 @@ def _spaced(length: int, limit: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def _read(source: Source, indices: list[int], size: int) -> tuple[Tensor, Tensor]:
-    images, labels, skipped = read_images(source, indices, size=size)
+def _read(source: Source, indices: list[int], **how: Any) -> tuple[Tensor, Tensor]:
+    images, labels, skipped = read_images(source, indices, **how)
     if len(images) < 2:
         raise ValueError(
             f"{source.name}: only {len(images)} of {len(indices)} images for evaluation can be "

@@ -64,19 +64,25 @@ class Method(nn.Module, ABC):
             ("pixel_mean", (0.485, 0.456, 0.406)),
             ("pixel_std", (0.229, 0.224, 0.225)),
         ):
-            value = torch.tensor(default).view(1, -1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, torch.tensor(default).view(1, -1, 1, 1))
 
     def set_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set the channel means and standard deviations of pixels in [0, 1]."""
-        self.pixel_mean.copy_(torch.tensor(mean).view(1, -1, 1, 1))
-        self.pixel_std.copy_(torch.tensor(std).view(1, -1, 1, 1))
+        device = self.pixel_mean.device
+        self.pixel_mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.pixel_std = torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def normalize_pixels(self, images: Tensor) -> Tensor:
-        """uint8 (..., 3, h, w) -> normalised float32 (n, 3, h, w), channels last in memory."""
+        """uint8 or uint16 (..., c, h, w) -> normalised float32 (n, c, h, w), channels last."""
         flat = images.reshape(-1, *images.shape[-3:])
         floats = flat.to(torch.float32, memory_format=torch.channels_last)
-        return floats.div_(255).sub_(self.pixel_mean).div_(self.pixel_std)
+        white = 255 if images.dtype == torch.uint8 else 65535
+        return floats.div_(white).sub_(self.pixel_mean).div_(self.pixel_std)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Updates during which the method is expected to learn little."""
+        return 0
 
     @abstractmethod
     def forward(self, batch: Batch, now: Now, plan: Any = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -93,6 +93,10 @@ class SwAV(Method):
 
     # ------------------------------------------------------------------------------- forward
 
+    @property
+    def warmup_steps(self) -> int:
+        return self.freeze_prototypes_steps
+
     def forward(
         self, batch: Batch, now: Now, plan: Codes | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

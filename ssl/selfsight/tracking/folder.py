@@ -36,6 +36,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.trunk = path / "trunk.safetensors"
         self.ledger = path / "ledger.jsonl"
+        self.stream = path / "stream.jsonl"
         self.metrics = path / "metrics.jsonl"
 
     def create(self) -> None:

@@ -55,8 +55,11 @@ class Clock:
 
     def __init__(self, images_per_update: int) -> None:
         self.images_per_update = images_per_update
-        self.images = 0
-        self.seconds = 0.0
+        self.line: dict[str, float] = {}
+        """Of the last line: images a second over all ranks, and share of time that the loop waited
+        for data."""
+        self._images = 0
+        self._seconds = 0.0
         self._line_images = 0
         self._line_seconds = 0.0
         self._line_waited = 0.0
@@ -75,21 +78,19 @@ class Clock:
         finally:
             self._since = time.perf_counter()
 
-    def rates(self, waited: float) -> dict[str, float]:
-        """Images a second over all ranks and the share of time spent waiting for data, since the
-        last call; `waited` is the loader's total."""
+    def mark_line(self, waited: float) -> None:
+        """Take the rates since the last call; `waited` is the loader's total of seconds."""
         with self.paused():
             seconds = max(self._line_seconds, 1e-9)
-            rates = {
+            self.line = {
                 "images_per_second": self._line_images / seconds,
                 "data_wait": min(1.0, (waited - self._line_waited) / seconds),
             }
-            self.images += self._line_images
-            self.seconds += self._line_seconds
+            self._images += self._line_images
+            self._seconds += self._line_seconds
             self._line_images, self._line_seconds, self._line_waited = 0, 0.0, waited
-        return rates
 
     @property
     def images_per_second(self) -> float | None:
-        """Over the whole run so far, as of the last log line."""
-        return self.images / self.seconds if self.seconds else None
+        """Of this process's whole time so far, as of the last line."""
+        return self._images / self._seconds if self._seconds else None

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 _QUANTUM = 8  # block widths are multiples of this, appendix A of the paper
 _STAGES = 4
-_IMAGE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ def _regnety_convolutions(
     w_a: float,
     w_m: float,
     group_width: int,
+    in_channels: int = 3,
     stem_width: int = 32,
     stem_stride: int = 2,
     first_stage_stride: int = 2,
@@ -107,7 +107,7 @@ def _regnety_convolutions(
     """List the convolutions of a RegNetY; they hold all of its parameters but BatchNorm's."""
     geometry = regnet_geometry(depth=depth, w_0=w_0, w_a=w_a, w_m=w_m, group_width=group_width)
     reduction = stem_stride
-    yield _Convolution(9 * _IMAGE_CHANNELS, stem_width, reduction, True)
+    yield _Convolution(9 * in_channels, stem_width, reduction, True)
     w_in = stem_width
     stages = zip(geometry.depths, geometry.widths, geometry.group_widths, strict=True)
     for stage, (stage_depth, width, group) in enumerate(stages):
@@ -158,6 +158,7 @@ def vit_parameters(
     *,
     width: int,
     depth: int,
+    in_channels: int = 3,
     image_size: int = 224,
     patch_size: int = 16,
     mlp_ratio: float = 4.0,
@@ -169,7 +170,7 @@ def vit_parameters(
     """
     hidden = int(width * mlp_ratio)
     patches = (image_size // patch_size) ** 2
-    embedding = (_IMAGE_CHANNELS * patch_size**2 + 1) * width  # and bias
+    embedding = (in_channels * patch_size**2 + 1) * width  # and bias
     tokens = width + (1 + patches) * width  # class token, positions
     attention = (width + 1) * 3 * width + (width + 1) * width  # qkv, projection
     mlp = (width + 1) * hidden + (hidden + 1) * width
@@ -183,6 +184,7 @@ def vit_macs(
     *,
     width: int,
     depth: int,
+    in_channels: int = 3,
     patch_size: int = 16,
     mlp_ratio: float = 4.0,
     **_: Any,
@@ -194,5 +196,5 @@ def vit_macs(
     patches = (image_height // patch_size) * (image_width // patch_size)
     tokens = patches + 1
     linear = 4 * width**2 + 2 * width * int(width * mlp_ratio)
-    embedding = _IMAGE_CHANNELS * patch_size**2 * width * patches
+    embedding = in_channels * patch_size**2 * width * patches
     return embedding + depth * (tokens * linear + 2 * tokens**2 * width)

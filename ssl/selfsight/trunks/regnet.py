@@ -35,6 +35,7 @@ class RegNetY(Trunk):
         w_a: slope of the block widths.
         w_m: ratio of the widths of neighbouring stages.
         group_width: channels in a group of the 3x3 convolutions.
+        in_channels: channels of an image.
         stem_width: output channels of the stem.
         stem_stride: 2, or 1 for images of about 32 pixels.
         first_stage_stride: stride of stage 1: 2, or 1 to keep the stem's resolution. With both
@@ -58,6 +59,7 @@ class RegNetY(Trunk):
         w_a: float,
         w_m: float,
         group_width: int,
+        in_channels: int = 3,
         stem_width: int = 32,
         stem_stride: int = 2,
         first_stage_stride: int = 2,
@@ -75,7 +77,7 @@ class RegNetY(Trunk):
         norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
 
         self.stem = Conv2dNormActivation(
-            3, stem_width, kernel_size=3, stride=stem_stride, norm_layer=norm
+            in_channels, stem_width, kernel_size=3, stride=stem_stride, norm_layer=norm
         )
         stages: OrderedDict[str, nn.Module] = OrderedDict()
         feature_info: dict[str, FeatureLevel] = {}
@@ -106,7 +108,7 @@ class RegNetY(Trunk):
         self.init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the average of the last feature map: (b, 3, h, w) to (b, width)."""
+        """Return the average of the last feature map: (b, channels, h, w) to (b, width)."""
         return self.trunk_output(self.stem(images)).mean((2, 3))
 
     def features(self, images: Tensor) -> dict[str, Tensor]:

@@ -29,11 +29,11 @@ _SCALE_OFFSET = 0.1
 
 
 class _PatchEmbed(nn.Module):
-    """Cut images into patches and embed each: (b, 3, h, w) to (b, h / p * w / p, width)."""
+    """Cut images into patches and embed each: (b, c, h, w) to (b, h / p * w / p, width)."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
@@ -92,6 +92,7 @@ class VisionTransformer(Trunk):
         width: length of a token.
         depth: number of blocks.
         heads: attention heads; they divide the width.
+        in_channels: channels of an image.
         image_size: image side, in pixels, whose patches have a learned position each; other sizes
             get interpolated positions.
         patch_size: side of a patch in pixels.
@@ -113,6 +114,7 @@ class VisionTransformer(Trunk):
         width: int,
         depth: int,
         heads: int,
+        in_channels: int = 3,
         image_size: int = 224,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
@@ -138,7 +140,7 @@ class VisionTransformer(Trunk):
         }
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))
-        self.patch_embed = _PatchEmbed(patch_size, width)
+        self.patch_embed = _PatchEmbed(in_channels, patch_size, width)
         self.blocks = nn.ModuleList(
             _Block(width, heads, int(width * mlp_ratio), drop_path * i / (depth - 1))
             for i in range(depth)
@@ -147,7 +149,7 @@ class VisionTransformer(Trunk):
         self.init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the class token after the last norm: (b, 3, h, w) to (b, width).
+        """Return the class token after the last norm: (b, channels, h, w) to (b, width).
 
         Raises:
             ValueError: h or w is no multiple of the patch size.
@@ -204,7 +206,7 @@ class VisionTransformer(Trunk):
                 module.reset_parameters()
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Embed images and add positions: (b, 3, h, w) to (b, 1 + patches, width)."""
+        """Embed images and add positions: (b, channels, h, w) to (b, 1 + patches, width)."""
         b, _, h, w = images.shape
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(

@@ -1,185 +1,396 @@
-"""Tar shards in the layout of WebDataset, on local disks.
+"""Tar shards in the layout of WebDataset, anywhere: local disks, `https://`, `s3://`, fsspec.
 
-Members whose names agree up to the first dot of the file name belong together: `000123.jpg`, its
-label `000123.cls` (an integer as text) and side files such as `000123.json`. The headers of a shard
-are read once; an image is then one positioned read. Nothing is extracted or unpickled, so names
-that point outside the shard and hostile side files have no effect. An extension decides only what
-is a side file, since on the web it often lies about the format.
+A few local shards are indexed at once and their images permuted singly ("flat"). Of more shards, or
+remote ones, the stream permutes shards and hands out pieces of them; a shard is indexed when it is
+first opened, so that a list of 100,000 costs nothing at the start. Remote shards are fetched whole
+into a local cache, or read by ranges where there is none.
+
+Nothing is extracted or unpickled: names that point outside a shard and hostile side files have no
+effect. See `tar_index` for what is an image, and `listing` for how shards are named.
 """
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import hashlib
 import os
-import re
-import tarfile
 import threading
-from collections.abc import Sequence
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from selfsight.data.sources.source import Record, Source, StringTable
+from selfsight.data.sources import tar_index
+from selfsight.data.sources.listing import expand, full, short, title
+from selfsight.data.sources.read_ahead import ReadAhead
+from selfsight.data.sources.shard_cache import NoRoom, ShardCache, Windows
+from selfsight.data.sources.shard_file import LocalShard, RemoteShard
+from selfsight.data.sources.source import Gone, Record, Source, StringTable
+from selfsight.data.sources.storage import Storage, check, is_remote
+from selfsight.data.sources.tar_index import TarIndex
 
-# Members that are not images: labels, captions, metadata, arrays, and pickles.
-# fmt: off
-SIDE_FILES = frozenset([
-    "cls", "cls2", "json", "jsonl", "txt", "text", "caption", "csv", "tsv", "id", "index",
-    "npy", "npz", "pt", "pth", "pyd", "pkl", "pickle", "msg", "mp", "safetensors",
-])
-# fmt: on
-OPEN_FILES = 256  # shards kept open in a process; of more shards, each read opens its own
+FEW = 256  # local shards that are indexed at once
+OPEN_SHARDS = 64  # shards that a process keeps open
+THREADS = 16  # reads in flight where shards are remote
+LARGEST = 1 << 30  # bytes of a member; more is no image
 
 
 class TarShards(Source):
     """All images of tar shards, in the order of the shards and of their members.
 
-    `shards` is a path, or a list of them, in any of these forms: `train-{000000..000012}.tar`,
-    `{train,val}-000000.tar`, a glob, a folder (its `*.tar`), or a text file ending in `.txt` or
-    `.list` with one of these a line, relative to itself. The key of a sample is `shard:member`, the
-    shard relative to the folder that all shards share.
+    The key of a sample is `shard:member`, the shard by its short name (see `listing`).
+
+    Args:
+        shards: path or address with braces, glob, folder, list file, or a list of these.
+        cache: folder on a local disk in which remote shards are kept; None: they are read by
+            ranges. Shards in it are taken as unchanging.
+        cache_gb: limit of that folder, in 10^9 bytes, for all processes that share it; 0: no cache.
+        index: folder in which the indexes of shards are saved; None: only those of cached shards
+            are. An index beside its shard (`x.tar.index`) is always used.
+        pieces: parts that a shard is cut into for the stream, where shards are permuted.
+        whole_index: read all indexes at the start and permute single images; None: for up to 256
+            local shards.
+        grows: whether new shards join at the next pass; None: unless single images are permuted.
+            They must appear under their final names when they are complete.
+        retry_seconds: a remote read is given up when nothing, or too little, has come for so long.
 
     Raises:
-        ValueError: nothing given, no such shard, no image in the shards, not a tar file, a remote
-            address or a command (`pipe:`).
+        ValueError: nothing given, no such shard, a command (`pipe:`), and with `whole_index` no
+            image in the shards, or one that is not a tar file.
     """
 
-    per_process = ("_lock", "_files")
+    per_process = ("_lock", "_guards", "_shards", "_failed", "_storage", "_cache", "_windows")
+    per_process += ("_ahead", "_warned", "_pid")
 
-    def __init__(self, shards: str | Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        shards: str | Sequence[str] | None,
+        cache: str | None = None,
+        cache_gb: float = 50.0,
+        index: str | None = None,
+        pieces: int = 16,
+        whole_index: bool | None = None,
+        grows: bool | None = None,
+        retry_seconds: float = 120.0,
+    ) -> None:
         if not shards:
             raise ValueError(
                 "tar shards are needed: set data.shards=/path/to/shard-{000000..000012}.tar, or "
                 "stream.shards in the site file."
             )
-        asked = [shards] if isinstance(shards, str) else list(shards)
-        self._shards = [path for item in asked for path in expand(item)]
-        if not self._shards:
-            raise ValueError(f"the list of shards {', '.join(asked)} is empty.")
-        absolute = [path.absolute() for path in self._shards]
-        common = Path(os.path.commonpath([path.parent for path in absolute]))
-        self._names = [path.relative_to(common).as_posix() for path in absolute]
-        self.name = common.name or "shards"
-        members: list[str] = []
-        places: list[tuple[int, int, int, int]] = []
-        for number, path in enumerate(self._shards):
-            for name, offset, size, label in _index(path):
-                members.append(name)
-                places.append((number, offset, size, label))
-        if not members:
-            raise ValueError(f"the {len(self._shards)} shards of {', '.join(asked)} hold no image.")
-        self._members = StringTable(members)
-        self._places = np.array(places, dtype=np.int64)
+        if pieces < 1 or cache_gb < 0 or retry_seconds <= 0:
+            raise ValueError(
+                f"pieces={pieces}, cache_gb={cache_gb} and retry_seconds={retry_seconds} must be "
+                "at least 1, not negative and positive."
+            )
+        self._asked = [shards] if isinstance(shards, str) else list(shards)
+        self._folder = Path(cache).expanduser() if cache and cache_gb else None
+        self._limit, self._seconds = int(cache_gb * 1e9), retry_seconds
+        self._saved = Path(index).expanduser() if index else None
+        self.name = title(self._asked[0])
+        self._indexes: list[TarIndex] | None = None
+        self._starts: np.ndarray | None = None
         self.prepare()
+        listing = expand(self._asked, self._storage)
+        self._root = listing.root
+        self._list(listing.name, listing.addresses)
+        remote = {a.split("://", 1)[0]: a for a in listing.addresses if is_remote(a)}
+        for address in remote.values():
+            check(address)
+        self.threads = THREADS if remote else 0
+        if whole_index is None:
+            whole_index = not grows and not self.threads and len(listing.addresses) <= FEW
+        if whole_index and grows:
+            raise ValueError(
+                "grows=true needs shards that are indexed when they are opened: leave whole_index "
+                "at null, or set it to false."
+            )
+        self.flat, self.grows = whole_index, not whole_index and grows is not False
+        self.pieces = 1 if whole_index else pieces
+        if whole_index:
+            self._index_all()
 
     def prepare(self) -> None:
         self._lock = threading.Lock()
-        self._files: dict[int, int] = {}
+        self._guards: dict[int, threading.Lock] = {}
+        self._shards: OrderedDict[int, LocalShard | RemoteShard] = OrderedDict()
+        self._failed: dict[int, tuple[float, OSError]] = {}
+        self._storage = Storage(self._seconds)
+        self._windows = Windows(self._storage)
+        self._cache = None
+        if self._folder is not None:
+            self._cache = ShardCache(self._folder, self._limit, self._storage)
+        self._ahead = ReadAhead(self)
+        self._warned = False
+        self._pid = os.getpid()
+
+    # ------------------------------------------------------------------------ images by number
 
     def __len__(self) -> int:
-        return len(self._members)
+        """Number of images; ValueError where not every index has been read or saved."""
+        return int(self._ends()[-1])
 
     def key(self, index: int) -> str:
-        return f"{self._names[self._places[index, 0]]}:{self._members[index]}"
+        return self._member_key(*self._place(index))
 
     def read(self, index: int) -> Record:
-        shard, offset, size, label = self._places[index].tolist()
-        keep = len(self._shards) <= OPEN_FILES
-        file = self._open(shard) if keep else os.open(self._shards[shard], os.O_RDONLY)
+        return self._fetch(*self._place(index))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(shard, member) of an image."""
+        ends = self._ends()
+        shard = int(np.searchsorted(ends, index, side="right"))
+        return shard, index - int(ends[shard - 1] if shard else 0)
+
+    def _ends(self) -> np.ndarray:
+        if self._starts is None:
+            counts = []
+            for shard in range(len(self._names)):
+                count = self._known_length(shard)
+                if count is None:
+                    raise ValueError(
+                        f"the number of images in {self.name} is not known before all of its "
+                        f"{len(self._names)} shards are read: set images= or steps= instead of "
+                        "epochs=, or data.whole_index=true."
+                    )
+                counts.append(count)
+            self._starts = np.cumsum(counts, dtype=np.int64)
+        return self._starts
+
+    # ----------------------------------------------------------------- shards, for the stream
+
+    def shards(self) -> int:
+        return len(self) if self.flat else len(self._names)
+
+    def length(self, shard: int, piece: int) -> int:
+        if self.flat:
+            return 1
+        return len(self._span(len(self._opened(shard).index), piece))
+
+    def fetch(self, shard: int, piece: int, member: int) -> Record:
+        if self.flat:
+            return self.read(shard)
+        span = self._span(len(self._opened(shard).index), piece)
+        return self._fetch(shard, span[member], span)
+
+    def fetch_key(self, shard: int, piece: int, member: int) -> str:
+        if self.flat:
+            return self.key(shard)
+        opened = self._shards.get(shard)
+        if opened is None or member < 0:
+            return self._names[shard]
+        return self._member_key(shard, self._span(len(opened.index), piece)[member])
+
+    def will_need(self, shard: int, piece: int) -> None:
+        if not self.flat and shard not in self._shards:
+            self._ahead.hint(shard)
+
+    def _span(self, images: int, piece: int) -> range:
+        """The members of a piece of a shard of so many images."""
+        return range(images * piece // self.pieces, images * (piece + 1) // self.pieces)
+
+    # ------------------------------------------------------------------------- a growing list
+
+    def poll(self) -> list[str]:
+        """Names of new shards, sorted. A list that cannot be read now has no news; it warns."""
         try:
-            data = os.pread(file, size, offset)
-        finally:
-            if not keep:
-                os.close(file)
-        if len(data) < size:
+            listing = expand(self._asked, self._storage)
+        except ValueError as error:
+            warnings.warn(
+                f"no new shards are looked for now: {error}", RuntimeWarning, stacklevel=2
+            )
+            return []
+        known = set(self.listing())
+        news = {short(address, self._root): address for address in listing.addresses}
+        return sorted(news.keys() - known)
+
+    def extend(self, names: list[str]) -> None:
+        addresses = {}
+        if self._odd:  # what is not in a name has to be looked up
+            with contextlib.suppress(ValueError):
+                listed = expand(self._asked, self._storage).addresses
+                addresses = {short(address, self._root): address for address in listed}
+        self._set(self.listing() + names, self._odd | {n: a for n, a in addresses.items()})
+
+    def listing(self) -> list[str]:
+        return [self._names[i] for i in range(len(self._names))]
+
+    def adopt(self, names: list[str]) -> None:
+        """Replace the list by a recorded one; its names may be relative to another root."""
+        addresses = [self._address(shard) for shard in range(len(self._names))]
+        self._root = _old_root(addresses, self._root, names)
+        self._set(names, {short(address, self._root): address for address in addresses})
+
+    def fingerprint(self) -> str:
+        text = "\0".join([*self.listing(), str(self.pieces), str(self.flat)])
+        if self.flat:
+            text += f"\0{len(self)}"
+        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return f"{len(self._names)} shards {digest}"
+
+    def _list(self, name, addresses: Iterable[str]) -> None:
+        by_name: dict[str, str] = {}
+        for address in addresses:
+            if by_name.setdefault(name(address), address) != address:
+                raise ValueError(
+                    f"two shards are named {name(address)} when the queries of their addresses "
+                    "are left out: give each shard an address of its own."
+                )
+        self._set(list(by_name), by_name)
+
+    def _set(self, names: list[str], addresses: dict[str, str]) -> None:
+        """List those names; of the addresses, only those are kept that a name does not tell."""
+        self._odd = {
+            name: addresses[name]
+            for name in names
+            if name in addresses and addresses[name] != full(name, self._root)
+        }
+        self._names = StringTable(names)
+        self._starts = None
+
+    def _address(self, shard: int) -> str:
+        name = self._names[shard]
+        return self._odd.get(name) or full(name, self._root)
+
+    # ------------------------------------------------------------------------------ one shard
+
+    def _member_key(self, shard: int, member: int) -> str:
+        index = self._indexes[shard] if self._indexes is not None else self._opened(shard).index
+        return f"{self._names[shard]}:{index.names[member]}"
+
+    def _fetch(self, shard: int, member: int, span: range | None = None) -> Record:
+        opened = self._opened(shard)
+        index = opened.index
+        if index.sizes[member] > LARGEST:
+            raise OSError(f"the member states {index.sizes[member]} bytes, more than any image")
+        if index.offsets[member] + index.sizes[member] > opened.size:
             raise OSError("the shard ends within this member")
-        return Record(self.key(index), data, None if label < 0 else label)
+        try:
+            data = opened.read(member, span)
+        except OSError:
+            with self._lock:  # a file that has gone stale is opened anew
+                self._shards.pop(shard, None)
+            raise
+        label = int(index.labels[member])
+        key = f"{self._names[shard]}:{index.names[member]}"
+        return Record(key, data, None if label < 0 else label)
 
-    def _open(self, shard: int) -> int:
+    def _opened(self, shard: int) -> LocalShard | RemoteShard:
+        """The shard, open and indexed. One that failed fails at once until its time is over."""
+        if self._pid != os.getpid():  # forked without being pickled
+            self.prepare()
         with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
-            return self._files[shard]
+            opened = self._shards.get(shard)
+            if opened is not None:
+                self._shards.move_to_end(shard)
+                return opened
+            guard = self._guards.setdefault(shard, threading.Lock())
+        with guard:
+            with self._lock:
+                opened = self._shards.get(shard)
+                until, error = self._failed.get(shard, (0.0, None))
+            if opened is not None:
+                return opened
+            if error is not None and time.monotonic() < until:
+                raise type(error)(str(error))
+            try:
+                opened = self._open(shard)
+            except OSError as error:
+                kind = Gone if isinstance(error, Gone) else OSError
+                with self._lock:
+                    self._failed[shard] = (time.monotonic() + self._seconds, kind(str(error)))
+                raise
+            with self._lock:
+                self._failed.pop(shard, None)
+                self._guards.pop(shard, None)
+                self._shards[shard] = opened
+                while len(self._shards) > (
+                    FEW if self.flat else OPEN_SHARDS
+                ):  # closed when its last reader is done
+                    self._shards.popitem(last=False)
+            return opened
 
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
+    def _open(self, shard: int) -> LocalShard | RemoteShard:
+        address = self._address(shard)
+        index = None if self._indexes is None else self._indexes[shard]
+        if not is_remote(address):
+            return LocalShard.open(Path(address), self._saved, index)
+        if self._cache is not None:
+            try:
+                file = self._cache.open(address)
+                return LocalShard(file, self._cache.path(address), self._saved, index, keep=True)
+            except NoRoom as error:
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"{error}; shards are read by ranges from now on where the cache has no "
+                        "room.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        return RemoteShard(address, self._storage, self._windows, self._saved, index)
 
+    def _index_all(self) -> None:
+        """Read the indexes of all shards; ValueError where one cannot be."""
 
-def expand(item: str, folder: Path = Path()) -> list[Path]:
-    """The shard files that one item of a list names, in order; relative ones lie in `folder`."""
-    if item.startswith("pipe:"):
-        raise ValueError(f"{item} would run a command, which is not supported: name tar files.")
-    if "://" in item:
-        raise ValueError(f"{item} is a remote address: only local tar files can be read.")
-    found: list[Path] = []
-    for name in expand_braces(item):
-        path = folder / Path(name).expanduser()
-        if path.is_dir():
-            matches = sorted(path.glob("*.tar"))
-        elif path.exists():
-            matches = [path]
-        else:  # glob.glob, since Path.glob takes no absolute pattern
-            matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        if not matches:
-            raise ValueError(f"no shard is found at {path}: check the path of the shards.")
-        for match in matches:
-            if match.suffix in (".txt", ".list"):
-                lines = [line.strip() for line in match.read_text().splitlines()]
-                inner = [line for line in lines if line and not line.startswith("#")]
-                found += [p for line in inner for p in expand(line, match.parent)]
-            else:
-                found.append(match)
-    return found
+        def index(shard: int) -> TarIndex:
+            try:
+                return self._opened(shard).index
+            except tar_index.NotATar as error:
+                raise ValueError(
+                    f"the shard {self._names[shard]} is not an uncompressed tar file ({error}): "
+                    "unpack or remove it."
+                ) from None
+            except OSError as error:
+                raise ValueError(
+                    f"the shard {self._names[shard]} cannot be read: {error}."
+                ) from None
 
+        with ThreadPoolExecutor(THREADS if self.threads else 4) as pool:
+            self._indexes = list(pool.map(index, range(len(self._names))))
+        if not len(self):
+            raise ValueError(
+                f"the {len(self._names)} shards of {', '.join(self._asked)} hold no image."
+            )
 
-def expand_braces(text: str) -> list[str]:
-    """Expand `{000..012}` (keeping leading zeros) and `{a,b}`, the leftmost outermost."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
-    if not match:
-        return [text]
-    first, last, words = match.groups()
-    if words is not None:
-        inner = words.split(",")
-    else:
-        step = 1 if int(first) <= int(last) else -1
-        digits = len(first) if first.startswith("0") or last.startswith("0") else 0
-        inner = [f"{n:0{digits}d}" for n in range(int(first), int(last) + step, step)]
-    head, tail = text[: match.start()], text[match.end() :]
-    return [head + word + rest for word in inner for rest in expand_braces(tail)]
-
-
-def _index(path: Path) -> list[tuple[str, int, int, int]]:
-    """(member, offset, size, label or -1) of each image of a shard. A cut end is tolerated."""
-    images: list[tuple[str, str, int, int]] = []
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-            while member := _next(tar):
-                if not member.isreg() or member.issparse():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                if not base or base.startswith("."):
-                    continue
-                stem, _, extension = base.partition(".")
-                sample = f"{folder}/{stem}"
-                extension = extension.lower().rpartition(".")[2]
-                if extension == "cls":
-                    text = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
-                    if text.strip().isdigit():
-                        labels[sample] = int(text)
-                elif extension not in SIDE_FILES:
-                    images.append((sample, member.name, member.offset_data, member.size))
-    except tarfile.ReadError as error:
-        raise ValueError(
-            f"the shard {path} is not an uncompressed tar file ({error}): unpack or remove it."
-        ) from None
-    return [(name, offset, size, labels.get(s, -1)) for s, name, offset, size in images]
-
-
-def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The next member; None at the end, and where a shard that was cut short or damaged stops."""
-    try:
-        return tar.next()
-    except tarfile.TarError:
+    def _known_length(self, shard: int) -> int | None:
+        """Images of a shard, if its index is at hand or saved."""
+        if self._indexes is not None:
+            return len(self._indexes[shard])
+        opened = self._shards.get(shard)
+        if opened is not None:
+            return len(opened.index)
+        address = self._address(shard)
+        if is_remote(address):
+            if self._cache is None:
+                return None
+            address = str(self._cache.path(address))
+        with contextlib.suppress(OSError):
+            index = LocalShard.saved(Path(address), self._saved)
+            return None if index is None else len(index)
         return None
+
+
+def _old_root(addresses: Sequence[str], root: str, names: Sequence[str]) -> str:
+    """The root that recorded names are relative to: the one that explains most of them.
+
+    A list file that has grown since may have moved the root; the first listed shard that is still
+    there tells where it was.
+    """
+    today = {short(address, "") for address in addresses}
+    some = names[:: 1 + len(names) // 1000]
+
+    def explains(root: str) -> tuple[int, str]:
+        return sum(full(name, root) in today for name in some), root
+
+    if explains(root)[0] == len(some):
+        return root
+    for name in some:
+        roots = [a.removesuffix(name) for a in today if a == name or a.endswith(f"/{name}")]
+        if roots:
+            return max(map(explains, sorted(roots)[:1000]))[1]
+    return root

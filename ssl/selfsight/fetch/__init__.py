@@ -1,0 +1,1 @@
+"""Images from URL lists: fetched politely, into tar shards or live into a run."""
