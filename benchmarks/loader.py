@@ -21,6 +21,7 @@ about decoding and augmentation, not about disks. webdataset must be installed f
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -115,7 +116,7 @@ def reference(path: Path, workers: int) -> Iterator[int]:
 
 
 def with_webdataset(path: Path, workers: int) -> Iterator[int]:
-    import webdataset  # pyright: ignore[reportMissingImports]
+    webdataset = importlib.import_module("webdataset")
 
     crops = Crops()
 
@@ -274,9 +275,7 @@ def main() -> None:
     if options.quick:
         options.rounds, options.seconds = 2, 3.0
     names = list(CONTENDERS)
-    try:
-        import webdataset  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if importlib.util.find_spec("webdataset") is None:
         names.remove("webdataset")
         print("webdataset is not installed: its line is left out")
     sizes = [Image.open(io.BytesIO(data)).size for data in members(options.shard)]

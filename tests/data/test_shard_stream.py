@@ -52,8 +52,9 @@ def run(source, steps, *, cursors=None, ranks=1, workers=0, ledger=None, log=Non
     for rank in range(ranks):
         own = None if cursors is None else cursors.view(ranks, -1, 3)[rank].clone()
         with Loader(
-            source() if isinstance(source, Callable) else source, crops(), batch_size=BATCH, seed=3, rank=rank,
-            world_size=ranks, workers=workers, cursors=own, ledger=ledger, log=log,
+            source() if isinstance(source, Callable) else source, crops(), batch_size=BATCH,
+            seed=3, rank=rank, world_size=ranks, workers=workers, cursors=own, ledger=ledger,
+            log=log,
         ) as loader:  # fmt: skip
             parts.append(batches(loader, steps))
     return [

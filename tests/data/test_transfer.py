@@ -118,7 +118,7 @@ def test_on_cpu_batches_pass_as_they_are(expected):
 
 
 def test_on_cpu_the_rest_of_the_work_is_done_in_place():
-    table = np.zeros((2 * BATCH, photometric_batch.COLUMNS), np.float32).reshape(2, BATCH, -1)
+    table = np.zeros((2 * BATCH, photometric_batch.COLUMNS)).reshape(2, BATCH, -1)
     table[..., -1] = 1  # grey
 
     def finish(views: list[Tensor], host: Batch) -> None:
@@ -203,7 +203,7 @@ def test_on_a_gpu(workers, expected):
         pytest.skip("no GPU here")
     device, notices = torch.device("cuda", 0), []
     rng = np.random.default_rng(0)
-    table = np.zeros((2, BATCH, photometric_batch.COLUMNS), np.float32)
+    table = np.zeros((2, BATCH, photometric_batch.COLUMNS), photometric_batch.DTYPE)
     table[..., 0] = 1  # brightness
     table[..., 1] = rng.uniform(0.5, 1.5, table.shape[:2])
 

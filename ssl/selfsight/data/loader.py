@@ -145,7 +145,7 @@ class Loader:
 
     def ready(self) -> bool:
         """Whether `next()` would return without waiting for workers."""
-        return all(worker.ready() for worker in self._workers)
+        return bool(self._workers) and all(worker.ready() for worker in self._workers)
 
     def __iter__(self) -> Loader:
         return self

@@ -1,9 +1,9 @@
 """Colour, grey, blur and solarisation of a whole batch of uint8 crops, on any torch device.
 
 The operations of `photometric`, one by one, with the integers of OpenCV and its rounding to whole
-levels after each of them, so that a crop comes out the same wherever this is done: all but a few
-pixels in a million are equal, and those are off by one level (OpenCV fuses a product and a sum
-where the processor can). What becomes of a crop does not depend on the other crops of its batch.
+levels after each of them, so that a crop comes out the same wherever this is done: on processors
+with fused multiply-add all but one value in some millions is equal to OpenCV's. What becomes of a
+crop does not depend on the other crops of its batch.
 
 A worker crops, resizes and flips, and packs what is left to do into a row of numbers a view
 (`pack`); `apply` does it. Which crops take part in which operation is read from the rows on the
@@ -22,7 +22,8 @@ from torch import Tensor
 from selfsight.data.multicrop import View
 
 # A row: the order of the jitter, three factors and the hue in steps, sigma of the blur, and grey
-# and solarisation as bits.
+# and solarisation as bits. In the precision in which the factors were drawn: one more rounding
+# would put some values one level off.
 COLUMNS = 7
 DTYPE = np.dtype(np.float64)
 _ORDER, _FACTORS, _SIGMA, _FLAGS = 0, 1, 5, 6
@@ -31,7 +32,9 @@ _OPERATIONS = 4  # of the jitter
 
 CHUNK_BYTES = 32 << 20
 
-_CUT = -0.499  # as in photometric: OpenCV rounds, Pillow cuts
+# In float32, as OpenCV has them. It rounds where Pillow cuts: half a level less, as in photometric.
+_CUT = float(np.float32(-0.499))
+_LEVEL = float(np.float32(1 / 255))
 
 
 def pack(views: Sequence[View]) -> np.ndarray:
@@ -170,18 +173,18 @@ def _luma(pixels: Tensor) -> Tensor:
 
 
 def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
-    return _levels(_fused(pixels, _each(factor), float(np.float32(_CUT)), factor.dtype))
+    return _levels(_fused(pixels, _each(factor), _CUT, factor.dtype))
 
 
 def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
     total = _luma(pixels).sum((1, 2, 3), dtype=torch.int64).to(factor.dtype)
     mean = (total * (1 / (pixels.shape[2] * pixels.shape[3])) + 0.5).floor_()
-    shift = mean * (1 - factor[:, 0]) + _CUT
+    shift = mean * (1 - factor[:, 0]) - 0.499
     return _levels(_fused(pixels, _each(factor), _each(shift), factor.dtype))
 
 
 def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
-    grey = _fused(_luma(pixels), _each(1 - factor), float(np.float32(_CUT)), factor.dtype)
+    grey = _fused(_luma(pixels), _each(1 - factor), _CUT, factor.dtype)
     return _levels(_fused(pixels, _each(factor), grey, factor.dtype))
 
 
@@ -208,7 +211,7 @@ def _hue(pixels: Tensor, steps: Tensor) -> Tensor:
     hue = torch.where(hue >= 256, hue - 256, hue)
     # Back: a circle has 255 hues here. Red, green and blue are value * (1 - saturation * m), where
     # over the six sectors m rises (at 0), stays 1, falls (at 3) and stays 0, each from its own.
-    hue.mul_(float(np.float32(6 / 255)))
+    hue.mul_(float(np.float32(6) * np.float32(_LEVEL)))
     sector = hue.floor()
     rising = hue.sub_(sector)
     falling = 1 - rising
@@ -216,8 +219,8 @@ def _hue(pixels: Tensor, steps: Tensor) -> Tensor:
     sector = sector + first.view(1, 3, 1, 1)
     sector = torch.where(sector >= 6, sector.sub(6), sector)
     m = torch.minimum(sector + rising, (3 - sector).add_(falling)).clamp_(0, 1)
-    part = _fused(m, saturation.mul_(-float(np.float32(1 / 255))), 1.0, steps.dtype)
-    return _levels(part.mul_(value.mul_(float(np.float32(1 / 255)))).mul_(255))
+    part = m.mul_(saturation.mul_(_LEVEL)).neg_().add_(1)
+    return _levels(part.mul_(value.mul_(_LEVEL)).mul_(255))
 
 
 def _gray(pixels: Tensor, _: Tensor) -> Tensor:
