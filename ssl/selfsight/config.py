@@ -302,7 +302,9 @@ def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictC
     _check_nodes(OmegaConf.to_container(resolved))
     _check_combinations(resolved)
     for key, target in sections.items():
-        check_section(key, OmegaConf.to_container(whole[key], resolve=True), target)
+        node = whole[key]
+        values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        check_section(key, values, target)
     return whole
 
 
