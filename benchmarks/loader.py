@@ -40,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import tree_memory
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -180,7 +181,9 @@ def decode(path: Path, workers: int) -> Iterator[int]:
     processes = [context.Process(target=_decode, args=(path, c), daemon=True) for c in counters]
     for process in processes:
         process.start()
-    seen = 0
+    while not all(c.value for c in counters):  # they are importing
+        time.sleep(0.1)
+    seen = sum(c.value for c in counters)
     while True:
         time.sleep(0.1)
         total = sum(c.value for c in counters)
@@ -198,29 +201,6 @@ CONTENDERS: dict[str, Callable[[Path, int], Iterator[int]]] = {
 }
 
 # ------------------------------------------------------------------------------------ measuring
-
-
-def tree_memory() -> int:
-    """Bytes (PSS) of this process and all below it."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    total, waiting = 0, [os.getpid()]
-    while waiting:
-        pid = waiting.pop()
-        waiting += children.get(pid, [])
-        try:
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        except OSError:
-            pass
-    return total
 
 
 def measure(name: str, path: Path, workers: int, seconds: float, pipe: Any) -> None:

@@ -41,9 +41,11 @@ class ReadAhead:
                     threading.Thread(target=_work, args=work, daemon=True, name="shards").start()
 
     def __del__(self) -> None:
-        for _ in range(THREADS):
-            with contextlib.suppress(queue.Full):
+        try:
+            for _ in range(THREADS):
                 self._queue.put_nowait(None)
+        except Exception:  # (full; or the interpreter is ending, and modules are gone)
+            pass
 
 
 def _work(source, waiting, lock, asked) -> None:
