@@ -243,3 +243,25 @@ def child(first: int, count: int, progress: Path) -> None:
 
 if __name__ == "__main__":
     child(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+
+
+def test_nothing_is_printed_about_damaged_tiff_files(tmp_path):
+    """libtiff writes to the process's stderr by itself."""
+    image = io.BytesIO()
+    Image.effect_noise((300, 200), 90).save(image, "TIFF", compression="tiff_lzw")
+    middle = len(image.getvalue()) // 2
+    data = image.getvalue()[: middle - 200] + bytes(400) + image.getvalue()[middle + 200 :]
+    (tmp_path / "damaged.tif").write_bytes(data)
+    script = (
+        "import sys, pathlib\n"
+        "from selfsight.data.decode import DecodeError, Encoded\n"
+        "for path in pathlib.Path(sys.argv[1]).iterdir():\n"
+        "    try:\n"
+        "        Encoded(path.read_bytes()).decode()\n"
+        "    except DecodeError:\n"
+        "        print('refused')\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "refused\n" and done.stderr == ""

@@ -8,12 +8,15 @@ may have `SLOW_PIXELS` pixels at most.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageFile, ImageOps
 
 from selfsight.data.decode_limits import DecodeError, DecodeLimits
@@ -27,6 +30,24 @@ SLOW_PIXELS = 1_000_000  # about a second
 _ORIENTATION = 0x0112  # the EXIF tag
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
+
+
+def _silence_libtiff() -> None:
+    """Have libtiff print nothing about damaged files: Pillow has no switch for it, and raises what
+    matters. It is the copy inside Pillow's wheel; another build of Pillow goes on printing."""
+    place = Path(PIL.__file__).parent
+    found = [*place.parent.glob("pillow.libs/libtiff*"), *place.glob(".dylibs/libtiff*")]
+    for path in found:
+        try:
+            library = ctypes.CDLL(str(path))
+            for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+                getattr(library, name).argtypes = [ctypes.c_void_p]
+                getattr(library, name)(None)
+        except (OSError, AttributeError):
+            continue
+
+
+_silence_libtiff()
 
 
 def open_image(data: bytes, limits: DecodeLimits, *, lenient: bool = False) -> Image.Image:
