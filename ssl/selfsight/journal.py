@@ -84,7 +84,10 @@ class Journal:
             return None  # a run that never saved binds nobody
         before, now = flat(OmegaConf.create(text)), flat(self.config)
         # by default it follows from the run's length, which may change; a value given by hand binds
-        follows = OmegaConf.is_interpolation(self.config.schedule, "warmup_steps")
+        schedule = self.config.schedule
+        follows = "warmup_steps" not in schedule or OmegaConf.is_interpolation(
+            schedule, "warmup_steps"
+        )
         free = FREE if follows else tuple(k for k in FREE if k not in WARMUP)
         for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
             if before.get(key) != now.get(key) and not key.startswith(free):
