@@ -1,16 +1,22 @@
-"""Pretrain a trunk: `python launch/pretrain.py model=... data=... key=value`."""
+"""Pretrain a trunk: `python launch/pretrain.py model=... data=... key=value`.
+
+With `-m` and values separated by commas, all combinations: on SLURM as one array of jobs.
+"""
 
 from omegaconf import DictConfig
 
 from selfsight.build import application
 
 
-def pretrain(config: DictConfig, name: str) -> None:
-    # torch is imported from here on: `--help`, `--cfg job` and mistakes answer without it
-    from selfsight.cluster import launch
-    from selfsight.train import pretrain
+def sweep(runs: list[tuple[DictConfig, str]]) -> None:
+    # torch is imported later, and on the machine that submits not at all
+    from selfsight.cluster import run_and_exit
 
-    launch(config, name, pretrain)
+    run_and_exit("selfsight.train.pretrain", runs)
+
+
+def pretrain(config: DictConfig, name: str) -> None:
+    sweep([(config, name)])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from selfsight.sections import Run
 from selfsight.signatures import Signature, signature
 
 # What a `_target_` may name. Hydra itself would call torch.load or torch.hub.load.
@@ -32,127 +32,6 @@ class ConfigError(ValueError):
     """A mistake in what the user asked for; its message is one sentence for the console."""
 
 
-@dataclass
-class Checkpoint:
-    every: int = 500
-    """Updates between two checkpoints."""
-    keep: int = 2
-    """Newest complete checkpoints kept."""
-    at_end: bool = True
-    """Also save after the last update."""
-
-
-@dataclass
-class Loader:
-    workers: int | None = None
-    """Loader processes per device; null: one on CPU, a share of the cores, at most 8, per GPU."""
-    prefetch: int = 2
-    """Batches prepared ahead."""
-    max_pixels: int = 100_000_000
-    """Images that declare more pixels than this are not decoded."""
-    max_bytes: int = 100_000_000
-    """Nor are encoded images longer than this."""
-    max_side: int = 65_535
-    """Nor are images with a longer side."""
-    truncated: str = "skip"
-    """Images that end early or are damaged: `skip`, or `use` what can be decoded of them."""
-    min_decoded: float = 0.5
-    """Least share of its rows that such an image must have."""
-    reduced: bool = True
-    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where no crop is enlarged by it."""
-    colour: str = "auto"
-    """Where colour, blur and the like are done: `workers`, `device`, or `auto`: device on CUDA."""
-    max_bad_share: float = 0.3
-    """A run ends where a larger share of the last thousand samples could not be used."""
-    decode_seconds: float = 60.0
-    """A sample whose decoding takes longer is passed over, and the worker replaced."""
-    fetch_seconds: float = 900.0
-    """The same for fetching a sample, or opening its shard."""
-    growth_gb: float = 4.0
-    """A worker whose memory grows by more is replaced."""
-
-
-@dataclass
-class Pixels:
-    channels: int = 3
-    """Of the images: 3 for RGB, 1 for grey, or as many as the files have."""
-    bits: int = 8
-    """Kept of each channel: 8 or 16."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Channel means subtracted from pixels in [0, 1]."""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Channel standard deviations divided by."""
-    estimate: int = 0
-    """Images from which mean and std are estimated when the run starts; 0: they are as given."""
-
-
-@dataclass
-class Cluster:
-    kind: str = "local"
-    """Where the job runs: `local`, this machine."""
-    processes: int | None = None
-    """Processes of the job, one a device; null takes all GPUs, or one process on CPU."""
-    threads: int | None = None
-    """Compute threads per process; null: its share of the cores but one, for the loader."""
-    timeout_minutes: float = 30.0
-    """A collective that takes longer than this ends the job."""
-
-
-@dataclass
-class Tracking:
-    log_every: int = 10
-    """Updates between two lines of metrics.jsonl."""
-    progress: bool = True
-    """Draw a progress bar where the output is a terminal."""
-    wandb: str = "auto"
-    """`auto` (where a key is configured), `online`, `offline` or `off`."""
-    wandb_project: str = "selfsight"
-
-
-@dataclass
-class Eval:
-    every: int | None = None
-    """Updates between two evaluations during the run; null takes a tenth of the run."""
-    neighbours: int = 20
-    temperature: float = 0.07
-    batch_size: int = 256
-    """Images per forward pass of the evaluation, on one device."""
-
-
-@dataclass
-class Run:
-    """Everything a run is, apart from what `_target_` nodes build."""
-
-    name: str | None = None
-    runs_dir: str = "runs"
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "fp32"
-    deterministic: bool | None = None
-    batch_size: int = 256
-    images_per_device: int | None = None
-    gpus: int = 1
-    images: float | None = None
-    epochs: float | None = None
-    steps: Any = None
-    clip_gradients: float | None = None
-    sync_batchnorm_group: int | None = None
-    activation_checkpointing: bool = False
-    resume: str = "strict"
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    loader: Loader = field(default_factory=Loader)
-    pixels: Pixels = field(default_factory=Pixels)
-    cluster: Cluster = field(default_factory=Cluster)
-    tracking: Tracking = field(default_factory=Tracking)
-    eval: Eval = field(default_factory=Eval)
-    views: Any = None
-    model: Any = None
-    method: Any = None
-    optim: Any = None
-    schedule: Any = None
-    data: Any = None
-
-
 CHOICES: dict[str, tuple[Any, ...]] = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("fp32", "bf16", "fp16"),
@@ -160,7 +39,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "pixels.bits": (8, 16),
     "loader.truncated": ("skip", "use"),
     "loader.colour": ("auto", "workers", "device"),
-    "cluster.kind": ("local",),
+    "cluster.kind": ("auto", "local", "slurm", "env"),
+    "cluster.environment": ("strict", "anyway"),
+    "cluster.gpu_request": ("node", "task", "gres"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 

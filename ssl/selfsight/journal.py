@@ -6,6 +6,7 @@ what is a collective is called by all.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +15,23 @@ from typing import Any, Protocol
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from selfsight import recovery
 from selfsight.config import ConfigError, flat
 from selfsight.data.sources.source import Source
 from selfsight.distributed import checkpoint, collectives
+from selfsight.distributed.async_save import Saver
 from selfsight.distributed.env import World
+from selfsight.distributed.lease import Lease, LeaseRefused
 from selfsight.distributed.payload import write_tensors
 from selfsight.methods.method import Method, Now
+from selfsight.recovery import Decision, Guard
 from selfsight.state import TrainState
 from selfsight.tracking.console import Console, duration
 from selfsight.tracking.folder import RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.wandb import WandbRun
 from selfsight.tracking.window import Clock
+from selfsight.tracking.wording import comparison, figures_text, latest_figure, numbers
 
 # What may differ when a run goes on: where and how it runs and reports, and how long.
 FREE = (
@@ -34,6 +40,7 @@ FREE = (
     "schedule.warmup_steps", "schedule.lr.warmup_steps", "checkpoint.", "loader.workers",
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
+    "recovery.", "timeouts.",
 )  # fmt: skip
 
 WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")
@@ -57,6 +64,8 @@ class Journal:
         self.judge = Judge(warm_until=0)
         self.line: dict[str, Any] = {}
         self.rate: float | None = None
+        self.lease: Lease | None = None
+        self.saver: Saver | None = None
         self._notices: list[str] = []
         self._first_step = 0
 
@@ -103,9 +112,23 @@ class Journal:
         Raises:
             ForeignCheckpoint: it does not fit this model.
         """
-        newest = None
+        newest = problem = None
         if self.world.main:
             self.folder.create()
+            problem = self._take_lease()
+        if problem := collectives.broadcast_json(problem):
+            raise ConfigError(problem)
+        c = self.config.checkpoint
+        self.saver = Saver(
+            self.folder.checkpoints,
+            self.world,
+            keep=c.keep,
+            keep_every=c.keep_every,
+            notice=self._say,
+            guard=self.lease.check if self.lease else None,
+            asynchronous=c.asynchronous,
+        )
+        if self.world.main:
             # one rank chooses, so that all go on from the same one
             newest = checkpoint.latest(self.folder.checkpoints, notice=self._notices.append)
         found = collectives.broadcast_json(str(newest) if newest else None)
@@ -129,6 +152,20 @@ class Journal:
     def notice(self, text: str) -> None:
         """Something to tell once the console is open."""
         self._notices.append(text)
+
+    def _take_lease(self) -> str | None:
+        """Become the one run that writes into this folder; what speaks against it, or None."""
+        job = os.environ.get("SELFSIGHT_JOB_ID", f"{os.getpid()}")
+        restart = int(os.environ.get("SELFSIGHT_RESTART", "0"))
+        self.lease = Lease(self.folder.path, job, restart)
+        try:
+            if notice := self.lease.acquire():
+                self._notices.append(notice)
+        except LeaseRefused as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.folder.path} cannot be written ({error.strerror or error})"
+        return None
 
     def already_complete(self, state: TrainState) -> dict[str, Any]:
         """Say that there is nothing left to do."""
@@ -210,7 +247,7 @@ class Journal:
         if self.judge.observe(method, figures, now, new_skips, updates):
             self._say(f"step {state.step}: {self.judge.text}")
         assert self.console is not None and self.wandb is not None
-        self.console.show(state.step, self.line, _latest(state.figures))
+        self.console.show(state.step, self.line, latest_figure(state.figures))
         self.wandb.log(state.step, self.line)
 
     def record_evaluation(
@@ -226,43 +263,86 @@ class Journal:
         assert self.wandb is not None
         self.wandb.log(state.step, named)
         place = "at random initialisation" if suffix else f"after step {state.step}"
-        self._say(f"{_figures_text(figures)} {place}")
+        self._say(f"{figures_text(figures)} {place}")
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint. One that fails is told, and training goes on: the last one stands."""
+        """Begin a checkpoint: it is written while training goes on. One that fails is told, and
+        those before it stand."""
+        assert self.saver is not None
+        if self.lease is not None:
+            self.lease.check()
+        scalars = {**state.scalars(), "threads": torch.get_num_threads()}
+        self.saver.save(state.step, state.tensors(), scalars, config_hash=self.config_hash())
+        if not self.world.main:
+            return
+        self._summarise(state, "running")
+        every = self.config.checkpoint.keep_every
+        if every and state.step % every == 0:
+            place = self.folder.path / "trunks" / f"step_{state.step:08d}.safetensors"
+            place.parent.mkdir(exist_ok=True)
+            self._export(state, place)
+
+    def finish_saves(self) -> None:
+        """Wait for the checkpoint under way."""
+        assert self.saver is not None
+        self.saver.finish()
+
+    def roll_back(self, state: TrainState, guard: Guard, decision: Decision) -> None:
+        """Go back to a checkpoint from before the trouble, but not in the stream: that checkpoint
+        is written anew with the present position and count of attempts, later ones are removed."""
+        self._say(f"step {state.step}: {decision.text}")
+        assert self.saver is not None
+        self.saver.finish()
+        found = None
         if self.world.main:
-            scalars = {**state.scalars(), "threads": torch.get_num_threads()}
-            try:
-                checkpoint.save(
-                    self.folder.checkpoints,
-                    state.step,
-                    state.tensors(),
-                    scalars,
-                    config_hash=self._config_hash(),
-                    keep=self.config.checkpoint.keep,
-                    world_size=self.world.size,
-                )
-            except checkpoint.CheckpointWriteError as error:
-                self._say(f"step {state.step}: {error}; training goes on")
-            self._summarise(state, "running")
+            found = recovery.choose(self.folder.checkpoints, decision.before, notice=self._say)
+        found = collectives.broadcast_json(str(found) if found else None)
+        if found is None:
+            guard.rolled_back(None)
+            self._say("there is no checkpoint yet: the run goes on")
+            return
+        kept, cursors, skipped = guard.state_dict(), state.cursors, state.skipped
+        tensors, manifest = checkpoint.load(found, checked=True)
+        state.restore(tensors, manifest["scalars"], found)
+        guard.load_state_dict(kept)
+        guard.rolled_back(state.step)
+        state.cursors, state.skipped = cursors, skipped
+        del tensors
+        self.save(state)
+        self.saver.finish()
+        self.saver.discard_after(state.step)
+        if self.world.main:
+            self.folder.truncate_metrics(state.step)
+            self._say(f"back at step {state.step}; the batches since are skipped")
+        self.line = {"step": state.step}
         collectives.barrier()
 
     # ---------------------------------------------------------------------------------- end
 
-    def finish(self, state: TrainState, method: Method, complete: bool) -> dict[str, Any]:
-        """Export the trunk, write the summary, and say what was learnt and what comes next."""
+    def fail(self, state: TrainState, text: str) -> dict[str, Any]:
+        """End a run that cannot go on, with its verdict."""
         if not self.world.main:
-            return {}
-        self._summarise(state, "complete" if complete else "stopped")
+            return {"status": "failed"}
+        self._summarise(state, "failed")
+        self.folder.update_summary(verdict="not finite", verdict_text=text)
+        self._say(f"step {state.step}: {text}")
+        return self._close()
+
+    def finish(
+        self, state: TrainState, method: Method, complete: bool, reason: str | None = None
+    ) -> dict[str, Any]:
+        """Export the trunk, write the summary, and say what was learnt and what comes next."""
+        ended = "preempted" if reason == "preempted" else "stopped"
+        if not self.world.main:
+            return {"status": "complete" if complete else ended}
+        self._summarise(state, "complete" if complete else ended)
         path = self.folder.path
         if not complete:
             self._say(
                 f"stopped after step {state.step}; the same command with name={self.name} goes on"
             )
             return self._close()
-        part = self.folder.trunk.with_name(".trunk.part")
-        write_tensors(part, method.trunk.state_dict(), self._trunk_metadata(state))
-        part.replace(self.folder.trunk)
+        self._export(state, self.folder.trunk)
         took = duration(time.monotonic() - self.started)
         rate = f", {self.rate:.0f} img/s" if self.rate else ""
         self._say(f"done: {state.step} updates in {took}{rate}")
@@ -271,15 +351,25 @@ class Journal:
         self._say(
             "more:  python launch/pretrain.py data=folder data.path=FOLDER  (your own images)"
         )
-        self._say(_comparison(state.figures))
+        self._say(comparison(state.figures))
         return self._close()
 
     def close_progress(self) -> None:
-        """Take the progress bar off the terminal."""
+        """Take the progress bar off the terminal; give up a checkpoint that is under way."""
         if self.console is not None:
             self.console.close()
+        if self.saver is not None:
+            self.saver.close()
+
+    def _export(self, state: TrainState, place: Path) -> None:
+        """Write the trunk alone, whole or not at all."""
+        part = place.with_name(f".{place.name}.part")
+        write_tensors(part, state.method.trunk.state_dict(), self._trunk_metadata(state))
+        part.replace(place)
 
     def _close(self) -> dict[str, Any]:
+        if self.lease is not None:
+            self.lease.release()
         summary = self.folder.summary()
         if self.wandb is not None:
             self.wandb.close(summary)
@@ -311,7 +401,7 @@ class Journal:
             **state.figures,
         )
 
-    def _config_hash(self) -> str:
+    def config_hash(self) -> str:
         bound = {k: v for k, v in flat(self.config).items() if not k.startswith(FREE)}
         return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -321,8 +411,8 @@ class Journal:
         pixels = {
             "channels": c.pixels.channels,
             "bits": c.pixels.bits,
-            "mean": _numbers(state.method.pixel_mean),
-            "std": _numbers(state.method.pixel_std),
+            "mean": numbers(state.method.pixel_mean),
+            "std": numbers(state.method.pixel_std),
         }
         return {
             "format": "pt",
@@ -331,39 +421,3 @@ class Journal:
             "run": self.name,
             "step": str(state.step),
         }
-
-
-def _numbers(values: torch.Tensor) -> list[float]:
-    """As plain numbers, without the digits that float32 does not have."""
-    return [float(f"{value:.7g}") for value in values.flatten().tolist()]
-
-
-def _latest(figures: Mapping[str, Any]) -> str:
-    if "knn_top1" in figures:
-        return f"k-NN {figures['knn_top1']:.1f} %"
-    if "knn_top1_random_init" in figures:
-        return f"k-NN {figures['knn_top1_random_init']:.1f} % (random)"
-    return f"rank {figures['rank']:.1f}" if "rank" in figures else ""
-
-
-def _figures_text(figures: Mapping[str, float]) -> str:
-    if "knn_top1" in figures:
-        return f"k-NN top-1 {figures['knn_top1']:.1f} %, rank {figures['rank']:.1f}"
-    return (
-        f"rank {figures['rank']:.1f}, uniformity {figures['uniformity']:.2f} (no labels: no k-NN)"
-    )
-
-
-def _comparison(figures: Mapping[str, Any]) -> str:
-    """The run's last line: what it ended with beside what it began with."""
-    if "knn_top1" in figures:
-        end, begin = figures["knn_top1"], figures["knn_top1_random_init"]
-        return (
-            f"k-NN top-1: {begin:.1f} % at random initialisation -> {end:.1f} % after pretraining "
-            f"({end - begin:+.1f} points)"
-        )
-    return (
-        f"no labels, so no k-NN: rank {figures['rank_random_init']:.1f} at random initialisation "
-        f"-> {figures['rank']:.1f}, uniformity {figures['uniformity_random_init']:.2f} -> "
-        f"{figures['uniformity']:.2f}"
-    )

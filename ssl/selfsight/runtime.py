@@ -1,12 +1,10 @@
 """What a run needs of its process: shares of the batch, threads, memory, seeds, stops."""
 
 import os
-import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -148,34 +146,3 @@ def refuse_too_large(method: nn.Module, world: World) -> None:
             f"and {world.device} has {free / 1e9:.1f} GB free for each process: choose a smaller "
             "model= or a larger machine"
         )
-
-
-class StopRequest:
-    """Ctrl-C as a wish: the loop ends at the next step boundary, saved. A second one ends at once.
-
-    Ranks agree at log lines, so that all leave after the same step.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self.agreed = False
-        try:
-            self._former = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not the main thread: somebody else handles signals
-            self._former = None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def agree(self) -> bool:
-        """Whether any rank was asked to stop. A collective: all ranks call it at the same step."""
-        flag = torch.tensor(float(self._asked))
-        self.agreed = bool(collectives.all_reduce_max(flag))
-        return self.agreed
-
-    def close(self) -> None:
-        """Give the signal back to whom it belonged."""
-        if self._former is not None:
-            signal.signal(signal.SIGINT, self._former)

@@ -20,13 +20,16 @@ from selfsight.data.worker import WorkerLimits
 from selfsight.distributed import collectives
 from selfsight.distributed.env import World
 from selfsight.distributed.parallelize import no_sync, parallelize
+from selfsight.distributed.preempt import Answer, Flags, StopRequest
+from selfsight.distributed.startup import check_ranks
+from selfsight.distributed.watchdog import Limits, Watchdog
 from selfsight.evals.online import OnlineEvaluation
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
 from selfsight.optim.groups import parameter_groups, set_hyperparameters
+from selfsight.recovery import GO_ON, Guard, record_bad_batch
 from selfsight.runtime import (
-    StopRequest,
     autocast_factory,
     colour_on_device,
     decode_limits,
@@ -62,7 +65,9 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         start_server()  # imports torch beside us
     own_images, parts = shares(config.batch_size, config.images_per_device, world.size)
     journal = Journal(config, name, world)
+    check_ranks(world, journal.config_hash())
     journal.open()
+    stop = StopRequest(journal.folder.path / "stop" if world.main else None)
 
     # --------------------------------------------------------------------------------- data
     source = build(config.data.train)
@@ -108,13 +113,14 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     schedules = {key: build(config.schedule[key]) for key in ("lr", "weight_decay")}
     plateaus = {key: item for key, item in schedules.items() if isinstance(item, Plateau)}
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    guard = Guard(**config.recovery, scaling=scaler.is_enabled())
 
     # ------------------------------------------------------------------------------- resume
     state = TrainState(
         method,
         optimizer,
         cursors=torch.zeros(config.batch_size, CURSOR, dtype=torch.int64),
-        small={"scaler": scaler, **plateaus},
+        small={"scaler": scaler, "guard": guard, **plateaus},
     )
     journal.resume(state)
     if steps is not None and state.step >= steps:
@@ -169,18 +175,34 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     stream = Transfer(
         loader, device, memory=loader.memory, finish=finish_colour, notice=journal.notice
     )
-    journal.introduce(source, evaluation, method, own_images=own_images, parts=parts)
-    if state.step == 0:
-        journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
-
     # -------------------------------------------------------------------------------- steps
-    method.train()
-    window, clock, stop = Window(), Clock(config.batch_size), StopRequest()
+    window, clock = Window(), Clock(config.batch_size)
+    flags, decision = Flags(stop, device), GO_ON
     skipped = torch.zeros((), device=device)
+
+    def heed(answers: list[Answer]) -> None:
+        """Take what all ranks know of updates made: wishes to stop, and numbers gone bad."""
+        nonlocal decision
+        for answer in answers:
+            stop.follow(answer.reason)
+            if (kind := guard.kind(answer)) is not None:
+                record_bad_batch(journal.folder.path, answer, kind)
+            decision = guard.observe(answer)
+            if decision is not GO_ON:
+                return
+
+    watchdog = Watchdog(world, journal.folder.path, Limits(**config.timeouts))
     try:
+        journal.introduce(source, evaluation, method, own_images=own_images, parts=parts)
+        if state.step == 0:
+            journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
+        method.train()
         while (steps is None or state.step < steps) and not stop.agreed:
             # global batch number `state.step`: this rank's lanes, in micro-batches
-            batches = next(stream).micro(parts)
+            watchdog.enter("data", state.step)
+            whole = next(stream)
+            batches = whole.micro(parts)
+            watchdog.enter("forward and backward", state.step)
             values = {key: schedule(state.step) for key, schedule in schedules.items()}
             reseed = partial(seed_forward, config.seed, state.step, world.rank)
             now = Now(state.step, steps, values, reseed)
@@ -202,8 +224,9 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             # the update, masked on the device if a loss or gradient of any rank is not finite
             if scaler.is_enabled():
                 scaler.unscale_(optimizer)
+            watchdog.enter("update", state.step)
             norm = gradient_norm(optimizer, clip=config.clip_gradients)
-            bad = collectives.all_reduce_max((~(norm.isfinite() & loss.isfinite())).float())
+            bad = flags.exchange(state.step, norm.isfinite(), loss, note=whole.positions)
             set_hyperparameters(optimizer, lr=values["lr"], weight_decay=values["weight_decay"])
             optimizer.found_inf = bad
             optimizer.step()
@@ -216,13 +239,28 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             state.step += 1
             clock.update()
             journal.advance()
+            if (answer := flags.read()) is not None:
+                heed([answer])
 
             # figures, evaluation, checkpoint
             last = state.step == steps
             saves = state.step % config.checkpoint.every == 0 or (last and config.checkpoint.at_end)
+            saves = saves or stop.agreed is not None
+            if saves or last:
+                heed(flags.drain())
+            if decision.rolls_back:
+                flags.drain()
+                state.cursors = collectives.all_gather_rows(stream.cursors)
+                with watchdog.within("save"):
+                    journal.roll_back(state, guard, decision)
+                decision = GO_ON
+                window = Window()
+                skipped.zero_()
+                continue
+            if decision.stops:
+                break
             evaluates = last or state.step % eval_every == 0
             if state.step % config.tracking.log_every == 0 or saves or evaluates:
-                saves = stop.agree() or saves
                 figures = method.figures(*window.reduce())
                 for plateau in plateaus.values():
                     plateau.observe(state.step, figures["loss"])
@@ -232,14 +270,22 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 journal.record_line(state, now, figures, clock, new_skips, method)
             with clock.paused():
                 if evaluates:
-                    journal.record_evaluation(state, evaluation.run(method))
+                    with watchdog.within("evaluation"):
+                        journal.record_evaluation(state, evaluation.run(method))
                 if saves:
-                    state.cursors = collectives.all_gather_rows(stream.cursors)
-                    journal.save(state)
+                    with watchdog.within("save"):
+                        state.cursors = collectives.all_gather_rows(stream.cursors)
+                        journal.save(state)
+        journal.finish_saves()
     finally:
+        watchdog.close()
         stream.close()
         stop.close()
         journal.close_progress()
 
     # ---------------------------------------------------------------------------------- end
-    return journal.finish(state, method, complete=not stop.agreed or state.step == steps)
+    if decision.stops:
+        return journal.fail(state, decision.text)
+    return journal.finish(
+        state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfsight.distributed import checkpoint
+from selfsight.distributed import checkpoint, checkpoint_folder, payload
 from tests.parallel.ranks import PRELOADED
 
 SCALARS = {"lr": 0.1, "best": None, "seen": 12, "done": False, "name": "größe", "log": [1, [2.5]]}
@@ -23,6 +23,10 @@ def _state(step: int, size: int = 1000) -> dict[str, torch.Tensor]:
 
 def _save(folder: Path, step: int, **options) -> Path:
     return checkpoint.save(folder, step, _state(step), SCALARS, config_hash="abc", **options)
+
+
+def _intact(path: Path) -> bool:
+    return checkpoint_folder.quick_problem(path) is None
 
 
 def _names(folder: Path) -> list[str]:
@@ -78,7 +82,7 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path):
 def test_retention_does_not_count_torn_ones(tmp_path):
     for step in (1, 2, 3):
         _save(tmp_path, step, keep=3)
-    (tmp_path / "step_00000003" / checkpoint.PAYLOAD).write_bytes(b"")
+    (tmp_path / "step_00000003" / checkpoint.payload_name(0)).write_bytes(b"")
     _save(tmp_path, 4, keep=2)
     assert _names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
 
@@ -86,8 +90,81 @@ def test_retention_does_not_count_torn_ones(tmp_path):
 def test_a_run_wound_back_keeps_what_it_writes(tmp_path):
     for step in (10, 20, 30):
         _save(tmp_path, step, keep=5)
-    _save(tmp_path, 11, keep=1)
-    assert _names(tmp_path) == ["step_00000011", "step_00000020", "step_00000030"]
+    _save(tmp_path, 11, keep=1)  # never fewer than two up to its own step
+    assert _names(tmp_path) == [f"step_000000{step}" for step in (10, 11, 20, 30)]
+    assert checkpoint.discard_after(tmp_path, 11) == [20, 30]
+    assert _names(tmp_path) == ["step_00000010", "step_00000011"]
+    assert checkpoint.discard_after(tmp_path / "absent", 0) == []
+
+
+def test_one_whose_bytes_were_altered_is_no_reason_to_delete_another(tmp_path):
+    """Nothing in the sizes tells: the older ones are read before they are counted on."""
+    for step in (1, 2, 3):
+        _save(tmp_path, step, keep=3)
+    checkpoint_folder._verified.clear()  # as in the process that resumes
+    file = tmp_path / "step_00000003" / checkpoint.payload_name(0)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    _save(tmp_path, 4, keep=2)
+    assert _names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+    assert checkpoint.verify(tmp_path / "step_00000002")
+
+
+def test_a_disk_that_stores_something_else_is_noticed(tmp_path, monkeypatch):
+    """The file is altered behind the writer's back, before it is read back."""
+    first = _save(tmp_path, 1)
+
+    def write_and_alter(path, tensors, metadata=None):
+        written = payload.write_tensors(path, tensors, metadata)
+        with path.open("r+b") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(b"??")
+        return written
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write_and_alter)
+    with pytest.raises(checkpoint.CheckpointWriteError, match="does not read as it was written"):
+        _save(tmp_path, 2)
+    assert _names(tmp_path) == [first.name]
+
+
+def test_version_1_is_read(tmp_path):
+    """One file of whole tensors, and a manifest that says so."""
+    path = tmp_path / "step_00000009"
+    path.mkdir()
+    name = "state-00000.safetensors"
+    written = payload.write_tensors(path / name, _state(9))
+    manifest = {
+        "format": "selfsight checkpoint",
+        "version": 1,
+        "step": 9,
+        "world_size": 1,
+        "config_hash": "abc",
+        "scalars": SCALARS,
+        "files": {name: {"size": written.size, "sha256": written.sha256}},
+    }
+    (path / "manifest.json").write_bytes(checkpoint_folder.manifest_text(manifest))
+    assert checkpoint.latest(tmp_path) == path
+    own = {name: torch.zeros_like(tensor) for name, tensor in _state(9).items()}
+    assert checkpoint.load_into(own, path)["scalars"] == SCALARS
+    tensors, _ = checkpoint.load(path)
+    assert all(torch.equal(own[k], v) and torch.equal(tensors[k], v) for k, v in _state(9).items())
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"weight": torch.ones(1000)}, "it has 1 others such as count"),
+        ({**_state(1), "bias": torch.ones(1)}, "it lacks 1 tensors such as bias"),
+        ({**_state(1), "weight": torch.ones(2)}, r"weight is \(1000,\) there and \(2,\) here"),
+    ],
+)
+def test_another_model_changes_nothing(tmp_path, own, said):
+    path = _save(tmp_path, 7)
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    with pytest.raises(checkpoint.CheckpointError, match=said):
+        checkpoint.load_into(own, path)
+    assert all(torch.equal(own[name], before[name]) for name in own)
 
 
 def test_the_same_step_again(tmp_path):
@@ -143,7 +220,7 @@ def test_every_alteration_is_named_and_the_one_before_is_used(tmp_path):
 def test_foreign_manifests_are_refused(tmp_path, change, said):
     path = _save(tmp_path, 1)
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_bytes(checkpoint._manifest_text(manifest | change))
+    (path / checkpoint.MANIFEST).write_bytes(checkpoint_folder.manifest_text(manifest | change))
     with pytest.raises(checkpoint.CheckpointError, match=said):
         checkpoint.load(path)
 
@@ -195,7 +272,7 @@ def test_a_kill_before_any_change_of_the_disk_loses_nothing(tmp_path, again):
         tensors, manifest = checkpoint.load(path)
         assert manifest["step"] in (2, step)
         assert torch.equal(tensors["weight"], _state(manifest["step"])["weight"])
-        intact = [p for p in checkpoint._all(folder) if checkpoint._quick_problem(p) is None]
+        intact = [p for p in checkpoint.checkpoints(folder) if _intact(p)]
         assert len(intact) >= 2
         _save(folder, 4)  # the next save removes what was left
         assert _names(folder) == sorted({f"step_{manifest['step']:08d}", "step_00000004"})

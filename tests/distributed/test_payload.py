@@ -68,3 +68,32 @@ def test_an_unknown_dtype_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"tensor phase of dtype torch\.complex64"):
         payload.write_tensors(tmp_path / "a", {"phase": torch.zeros(1, dtype=torch.complex64)})
     assert not (tmp_path / "a").exists()
+
+
+def test_a_file_reads_back_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(payload, "CHUNK", 100)
+    tensors, path = _tensors() | {"long": torch.randn(1001)}, tmp_path / "a.safetensors"
+    payload.write_tensors(path, tensors, {"a": "b"})
+    assert payload.reads_back(path, tensors, {"a": "b"})
+    assert not payload.reads_back(path, tensors, {"a": "c"})
+    data = path.read_bytes()
+    for place in range(0, len(data), 97):
+        changed = bytearray(data)
+        changed[place] ^= 4
+        path.write_bytes(changed)
+        assert not payload.reads_back(path, tensors, {"a": "b"}), place
+    for other in (data[:-1], data[:50], b"", data + b"x"):
+        path.write_bytes(other)
+        assert not payload.reads_back(path, tensors, {"a": "b"})
+
+
+def test_a_header_without_the_data(tmp_path):
+    path = tmp_path / "a.safetensors"
+    payload.write_tensors(path, _tensors(), {"trunk": "regnety"})
+    shapes, metadata = payload.read_header(path)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in _tensors().items()}
+    assert metadata == {"trunk": "regnety"}
+    for text in (b"", b"\0" * 8, b"\xff" * 30, b"\2\0\0\0\0\0\0\0[]", b"\1" + b"\0" * 7 + b"{"):
+        path.write_bytes(text)
+        with pytest.raises(ValueError):
+            payload.read_header(path)

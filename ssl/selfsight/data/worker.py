@@ -24,6 +24,7 @@ import torch
 from selfsight.data.lane_reader import LaneReader, Mark, NoUsableSample, Portion, Settle
 from selfsight.data.ledger import Failure
 from selfsight.data.ring import Ring
+from selfsight.distributed.preempt import shielded
 
 MOST_DEATHS = 5  # of one worker at one batch; more is not the fault of a sample
 
@@ -47,7 +48,8 @@ def start_server() -> None:
     """
     if CONTEXT.get_start_method() == "forkserver":
         CONTEXT.set_forkserver_preload(["__main__", __name__])
-        forkserver.ensure_running()
+        with shielded():  # a signal to the whole job is for the main process, which ends workers
+            forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
@@ -242,11 +244,8 @@ class Worker:
     def stop(self) -> None:
         """End it, at once: it holds nothing that would need an orderly end."""
         self.pipe.close()
-        self.process.terminate()
-        self.process.join(1.0)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self.process.kill()
+        self.process.join()
 
     def _start(self) -> None:
         self._mark.clear()

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from selfsight.distributed.startup import meet
+
 LOOPBACK = ("127.0.0.1", "localhost")
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _set_by_join: set[str] = set()
@@ -110,6 +112,7 @@ def join(
         store = None
         if url.scheme == "tcp" and url.hostname in LOOPBACK:
             store = _loopback_store(url.port or 0, world, limit)
+            meet(store, rank, size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
             init_method=address if store is None else None,
@@ -120,6 +123,9 @@ def join(
             device_id=world.device if world.device.type == "cuda" else None,
         )
         dist.barrier()
+    except ConnectionError as error:
+        leave()
+        raise ConnectionError(f"{error} ({address})") from None
     except (RuntimeError, ValueError) as error:  # torch's DistError derives from RuntimeError
         leave()
         raise ConnectionError(
