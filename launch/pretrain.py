@@ -20,4 +20,4 @@ def pretrain(config: DictConfig, name: str) -> None:
 
 
 if __name__ == "__main__":
-    application("pretrain", pretrain)
+    application("pretrain", pretrain, sweep=sweep)

@@ -61,7 +61,8 @@ def pictures(folder: Path, classes: int = 3, each: int = 9, seed: int = 0) -> Pa
 def arguments(data: Path, runs: Path, name: str, *more: str) -> list[str]:
     """The command line of a small run; of a RegNetY unless another model is named."""
     model = [] if any(m.startswith("model=") for m in more) else REGNET
-    return [*SMALL, *model, f"data.path={data}", f"runs_dir={runs}", f"name={name}", *more]
+    place = [] if any(m.startswith("cluster=") for m in more) else ["cluster=local"]
+    return [*SMALL, *model, *place, f"data.path={data}", f"runs_dir={runs}", f"name={name}", *more]
 
 
 def run_here(overrides: list[str]) -> dict[str, Any]:

@@ -132,20 +132,29 @@ def test_activation_checkpointing_changes_no_bit(data, tmp_path):
 def test_numbers_that_are_not_finite_never_reach_the_weights(
     data, tmp_path, precision, monkeypatch
 ):
-    """A loss that is not finite at one step: that update is left out, counted, and told."""
-    forward = SwAV.forward
-    bad_step = 4
+    """Pixels that are not finite at one step: that update is left out, counted, and told, and
+    BatchNorm's running statistics are as before."""
+    forward, normalize = SwAV.forward, SwAV.normalize_pixels
+    bad_step, spoils = 4, [False]
 
     def broken(self, batch, now, plan=None):
-        loss, metrics = forward(self, batch, now, plan)
-        return (loss * float("nan") if now.step == bad_step else loss), metrics
+        spoils[0] = now.step == bad_step
+        try:
+            return forward(self, batch, now, plan)
+        finally:
+            spoils[0] = False
+
+    def normalized(self, images):
+        return normalize(self, images) * (float("nan") if spoils[0] else 1.0)
 
     more = [*QUEUE, f"precision={precision}", "checkpoint.every=1", "checkpoint.keep=20"]
     monkeypatch.setattr(SwAV, "forward", broken)
+    monkeypatch.setattr(SwAV, "normalize_pixels", normalized)
     summary = run_here(arguments(data, tmp_path, "bad", *more))
     before, after = state(tmp_path, "bad", bad_step), state(tmp_path, "bad", bad_step + 1)
     learnt = [k for k in before if k.startswith("optimizer/") or k == "method/queue"]
     learnt += [k for k in before if k.endswith((".weight", ".bias")) and "prototypes" not in k]
+    learnt += [k for k in before if "running_" in k or "num_batches" in k]
     assert len(learnt) > 20
     assert all(torch.equal(before[k], after[k]) for k in learnt)
     last = state(tmp_path, "bad", 8)

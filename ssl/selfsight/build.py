@@ -62,13 +62,15 @@ def application(
     *,
     sections: Mapping[str, str] | None = None,
     named_after: Sequence[str] = ("method", "model", "data"),
+    sweep: Callable[[list[tuple[DictConfig, str]]], None] | None = None,
 ) -> None:
     """Run a command: compose `conf/{name}.yaml` with the command line, check it, call `run`.
 
     `run` gets the checked configuration and the run's name: the one that is set, or the choices of
     the groups `named_after` and the time. `sections` are those that the command has beside the
-    run's, as `config.check` takes them. A mistake in the command line, found here or later (a
-    `ValueError`), is one sentence on stderr and exit status 2, no traceback.
+    run's, as `config.check` takes them. `sweep` gets all runs of a multirun (`-m`) together, each
+    with a name of its own; without it they run one after the other. A mistake in the command line,
+    found here or later (a `ValueError`), is one sentence on stderr and exit status 2, no traceback.
     """
     # Before torch is imported: OpenMP threads that wait for each other in a loop starve the
     # loader's processes, and on busy cores themselves (tried: 2 threads on 2 shared cores, 5 times
@@ -82,13 +84,24 @@ def application(
     if not asks_hydra and not sweeps:
         _or_exit(lambda: configuration.check(compose(name, overrides, folder), sections))
 
+    collected: list[tuple[DictConfig, str]] = []
+
     def task(config: DictConfig) -> None:
         choices = HydraConfig.get().runtime.choices
         words = [choices[group] for group in named_after]
         name = config.name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
-        _or_exit(lambda: run(configuration.check(config, sections), name))
+        if sweeps and sweep is not None:
+            _or_exit(lambda: collected.append((configuration.check(config, sections), name)))
+        else:
+            _or_exit(lambda: run(configuration.check(config, sections), name))
 
     hydra.main(version_base="1.3", config_path=folder, config_name=name)(task)()
+    if collected and sweep is not None:
+        names = [name for _, name in collected]
+        if len(set(names)) < len(names):
+            names = [f"{name}-{number}" for number, name in enumerate(names)]
+        runs = [(config, name) for (config, _), name in zip(collected, names, strict=True)]
+        _or_exit(lambda: sweep(runs))
 
 
 def compose(name: str, overrides: list[str], folder: str | Path | None = None) -> DictConfig:

@@ -36,6 +36,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("fp32", "bf16", "fp16"),
     "resume": ("strict", "anyway"),
+    "strategy": ("ddp", "fsdp"),
+    "compress_gradients": (None, "bf16"),
     "pixels.bits": (8, 16),
     "loader.truncated": ("skip", "use"),
     "loader.colour": ("auto", "workers", "device"),

@@ -23,6 +23,7 @@ from selfsight.distributed.async_save import Saver
 from selfsight.distributed.env import World
 from selfsight.distributed.lease import Lease, LeaseRefused
 from selfsight.distributed.payload import write_tensors
+from selfsight.distributed.shards import whole_state_dict
 from selfsight.methods.method import Method, Now
 from selfsight.recovery import Decision, Guard
 from selfsight.state import TrainState
@@ -44,6 +45,9 @@ FREE = (
 )  # fmt: skip
 
 WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")
+# What a run's folder may hold before the run has written its configuration.
+OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
+OWN_FILES |= {"lease.json", ".ranks"}
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 
@@ -86,7 +90,7 @@ class Journal:
         text = self.folder.config_text()
         if text is None:
             found = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
-            if path.exists() and found - {"checkpoints", "ledger.jsonl", "stream.jsonl"}:
+            if path.exists() and found - OWN_FILES:
                 return f"{path} exists and is not the folder of a run: choose another name="
             return None
         if self.config.resume == "anyway" or not any(self.folder.checkpoints.glob("step_*")):
@@ -136,8 +140,9 @@ class Journal:
             if self.world.main:
                 self.folder.truncate_metrics(-1)  # of a run that ended before it saved
             return
-        tensors, manifest = checkpoint.load(found, checked=True)
-        state.restore(tensors, manifest["scalars"], found)
+        with checkpoint.Reader(found, checked=True) as reader:
+            state.restore(reader, found)
+            manifest = reader.manifest
         self._first_step = state.step
         self._notices.append(f"continuing {self.folder.path} after step {state.step}")
         threads, before = torch.get_num_threads(), manifest["scalars"].get("threads")
@@ -195,6 +200,8 @@ class Journal:
         self.folder.write_environment(
             world_size=world.size, threads=torch.get_num_threads(), device=str(world.device)
         )
+        if c.cluster.chosen:
+            self._say(f"cluster={c.cluster.chosen}")
         for notice in self._notices:
             self._say(notice)
         warm = c.schedule.lr.get("warmup_steps", 0) or 0
@@ -273,9 +280,8 @@ class Journal:
             self.lease.check()
         scalars = {**state.scalars(), "threads": torch.get_num_threads()}
         self.saver.save(state.step, state.tensors(), scalars, config_hash=self.config_hash())
-        if not self.world.main:
-            return
-        self._summarise(state, "running")
+        if self.world.main:
+            self._summarise(state, "running")
         every = self.config.checkpoint.keep_every
         if every and state.step % every == 0:
             place = self.folder.path / "trunks" / f"step_{state.step:08d}.safetensors"
@@ -302,12 +308,11 @@ class Journal:
             self._say("there is no checkpoint yet: the run goes on")
             return
         kept, cursors, skipped = guard.state_dict(), state.cursors, state.skipped
-        tensors, manifest = checkpoint.load(found, checked=True)
-        state.restore(tensors, manifest["scalars"], found)
+        with checkpoint.Reader(found, checked=True) as reader:
+            state.restore(reader, found)
         guard.load_state_dict(kept)
         guard.rolled_back(state.step)
         state.cursors, state.skipped = cursors, skipped
-        del tensors
         self.save(state)
         self.saver.finish()
         self.saver.discard_after(state.step)
@@ -333,6 +338,8 @@ class Journal:
     ) -> dict[str, Any]:
         """Export the trunk, write the summary, and say what was learnt and what comes next."""
         ended = "preempted" if reason == "preempted" else "stopped"
+        if complete:
+            self._export(state, self.folder.trunk)
         if not self.world.main:
             return {"status": "complete" if complete else ended}
         self._summarise(state, "complete" if complete else ended)
@@ -342,7 +349,6 @@ class Journal:
                 f"stopped after step {state.step}; the same command with name={self.name} goes on"
             )
             return self._close()
-        self._export(state, self.folder.trunk)
         took = duration(time.monotonic() - self.started)
         rate = f", {self.rate:.0f} img/s" if self.rate else ""
         self._say(f"done: {state.step} updates in {took}{rate}")
@@ -362,10 +368,12 @@ class Journal:
             self.saver.close()
 
     def _export(self, state: TrainState, place: Path) -> None:
-        """Write the trunk alone, whole or not at all."""
-        part = place.with_name(f".{place.name}.part")
-        write_tensors(part, state.method.trunk.state_dict(), self._trunk_metadata(state))
-        part.replace(place)
+        """Write the trunk alone, whole or not at all. A collective."""
+        weights = whole_state_dict(state.method.trunk)
+        if self.world.main:
+            part = place.with_name(f".{place.name}.part")
+            write_tensors(part, weights, self._trunk_metadata(state))
+            part.replace(place)
 
     def _close(self) -> dict[str, Any]:
         if self.lease is not None:

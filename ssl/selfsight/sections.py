@@ -187,7 +187,10 @@ class Run:
     steps: Any = None
     clip_gradients: float | None = None
     sync_batchnorm_group: int | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Any = False
+    strategy: str = "ddp"
+    compile: bool = False
+    compress_gradients: str | None = None
     resume: str = "strict"
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     loader: Loader = field(default_factory=Loader)

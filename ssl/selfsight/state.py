@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from selfsight.distributed.checkpoint_parts import Reader, difference
 from selfsight.methods.method import Method
 
 
@@ -56,19 +57,18 @@ class TrainState:
         }
 
     @torch.no_grad()
-    def restore(
-        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], where: str
-    ) -> None:
-        """Take over the state of a checkpoint, in place.
+    def restore(self, reader: Reader, where: str) -> None:
+        """Take over the state of a checkpoint, in place: what this rank holds of it.
 
         Raises:
             ForeignCheckpoint: names or shapes differ; nothing has been changed then.
         """
         own = self.tensors()
-        if problem := _difference(own, tensors):
+        if problem := difference({n: tuple(t.shape) for n, t in own.items()}, reader.shapes):
             raise ForeignCheckpoint(f"the checkpoint {where} is of another model: {problem}")
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            reader.fill(name, tensor)
+        scalars = reader.manifest["scalars"]
         self.step, self.skipped = scalars["step"], scalars["skipped"]
         self.figures = dict(scalars["figures"])
         for name, item in self.small.items():
@@ -82,15 +82,3 @@ class TrainState:
             for key, value in self.optimizer.state[parameter].items()
             if isinstance(value, Tensor)
         }
-
-
-def _difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
-    missing, foreign = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
-    if missing or foreign:
-        parts = [f"it lacks {len(missing)} tensors such as {missing[0]}"] if missing else []
-        parts += [f"it has {len(foreign)} others such as {foreign[0]}"] if foreign else []
-        return " and ".join(parts)
-    for name, tensor in own.items():
-        if tensor.shape != other[name].shape:
-            return f"{name} is {tuple(other[name].shape)} there and {tuple(tensor.shape)} here"
-    return None

@@ -18,6 +18,7 @@ from selfsight.data.stream_log import StreamLog
 from selfsight.data.transfer import Transfer
 from selfsight.data.worker import WorkerLimits
 from selfsight.distributed import collectives
+from selfsight.distributed.batchnorm import KeptStatistics
 from selfsight.distributed.env import World
 from selfsight.distributed.parallelize import no_sync, parallelize
 from selfsight.distributed.preempt import Answer, Flags, StopRequest
@@ -100,7 +101,12 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         world=world,
         syncbn_group_size=config.sync_batchnorm_group or world.size,
         activation_checkpointing=config.activation_checkpointing,
+        compile_units=method.trunk.compile_units() if config.compile else (),
+        strategy=config.strategy,
+        precision=config.precision,
+        compress_gradients=config.compress_gradients,
     )
+    statistics = KeptStatistics(method)
 
     # ------------------------------------------------------------- optimiser and schedules
     optimizer = build(config.optim.optimizer)(
@@ -208,6 +214,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             now = Now(state.step, steps, values, reseed)
 
             # forward and backward
+            statistics.keep()
             with autocast():
                 plan = method.plan(batches, now) if parts > 1 else [None]
             loss = torch.zeros((), device=device)
@@ -234,6 +241,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             if scaler.is_enabled():
                 scaler.update()
             method.after_step(now, ok=bad == 0)
+            statistics.restore_where(bad)
             window.add({"loss": loss, "gradient_norm": norm})
             skipped += bad
             state.step += 1

@@ -24,13 +24,21 @@ PRELOADED = [
     "pytest",
     "torch",
     "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
     "torch.fx.experimental.symbolic_shapes",
     "torch.utils.checkpoint",
     "torchvision",
 ]
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, local_size: int = 0) -> list:
+def on_ranks(
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    local_size: int = 0,
+    seconds: float = SECONDS,
+) -> list:
     """`[function(world, *arguments) for each rank]`, in the order of ranks.
 
     Every process is ended before this returns or raises; the first error of a rank is raised with
@@ -41,6 +49,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, local_siz
         function: called as `function(world, *arguments)` in each rank; from a module's top level.
             It returns tensors, plain values, or lists and dicts of them.
         local_size: ranks on one (pretended) node; 0 for all.
+        seconds: until ranks that are not done are an error.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -55,7 +64,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, local_siz
         for rank in range(size)
     ]
     found: dict[int, Any] = {}
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     try:
         for process in ranks:
             process.start()
@@ -69,7 +78,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, local_siz
                     raise AssertionError(f"ranks {gone} ended with {codes}") from None
                 if time.monotonic() > deadline:
                     missing = [r for r in range(size) if r not in found]
-                    raise AssertionError(f"ranks {missing} were not done in {SECONDS} s") from None
+                    raise AssertionError(f"ranks {missing} were not done in {seconds} s") from None
                 continue
             if error:
                 raise AssertionError(f"rank {rank} failed:\n{error}")

@@ -101,6 +101,7 @@ def test_mistakes_come_before_sbatch_and_leave_nothing(slurm, site, tmp_path):
     assert slurm.call("squeue", "--noheader") == ""
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_array_and_each_run_has_its_folder(slurm, small_run, tmp_path):
     short = [w for w in small_run if not w.startswith(("steps=", "cluster.processes="))]
     done = slurm.launch(
@@ -117,6 +118,7 @@ def test_a_sweep_is_one_array_and_each_run_has_its_folder(slurm, small_run, tmp_
         assert f"seed: {seed}\n" in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_is_not_submitted_twice_and_others_wait_for_it(slurm, small_run, tmp_path):
     from selfsight.build import compose
     from selfsight.config import check
@@ -147,6 +149,7 @@ def test_a_run_that_waits_is_not_submitted_twice_and_others_wait_for_it(slurm, s
     cancel(slurm)
 
 
+@pytest.mark.slow
 def test_the_copy_of_the_code_is_what_runs(slurm, small_run, tmp_path):
     words = [w for w in small_run if not w.startswith(("steps=", "cluster.processes="))]
     words += ["steps=2", "device=cpu", f"runs_dir={tmp_path}", "name=copied", "cluster=slurm"]
@@ -161,6 +164,7 @@ def test_the_copy_of_the_code_is_what_runs(slurm, small_run, tmp_path):
     assert "the copy runs" in (run / "jobs" / f"{job}.log").read_text()
 
 
+@pytest.mark.slow
 def test_other_package_versions_are_refused_in_the_job_and_at_the_next_submission(
     slurm, small_run, tmp_path
 ):

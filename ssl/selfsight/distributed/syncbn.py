@@ -19,17 +19,27 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfsight.distributed.collectives import Group, all_reduce_sum
+from selfsight.distributed.collectives import Group
 from selfsight.distributed.env import World
 
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SharedGroup:
-    """A process group that survives `copy.deepcopy` of the module that holds it."""
+    """A process group that survives `copy.deepcopy` of the module that holds it; None: this rank
+    alone, which exchanges nothing."""
 
-    def __init__(self, group: Group):
+    def __init__(self, group: Group | None):
         self.group = group
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over the group. It is one functional operation, which torch.compile
+        takes into its graph, and whose result selective checkpointing can keep."""
+        if self.group is None or self.group.size() == 1:
+            return tensor
+        operations = torch.ops._c10d_functional
+        reduced = operations.all_reduce(tensor.contiguous(), "sum", self.group.group_name)
+        return operations.wait_tensor(reduced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedGroup":
         return self
@@ -54,10 +64,10 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
         """(b, channels, ...) normalised: over the group in training, by running averages else."""
-        if not self.training:
-            return super().forward(input)
         self._check_input_dim(input)
-        group = self.group.group if self.group else None
+        if not self.training:
+            return self._by_running_averages(input)
+        group = self.group or SharedGroup(_world())
         with torch.no_grad():
             mean, variance, count = _statistics(input, group)
             if self.track_running_stats:
@@ -67,6 +77,22 @@ class SyncBatchNorm(_BatchNorm):
         )
         assert isinstance(result, Tensor)
         return result
+
+    def _by_running_averages(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if weight is not None and weight.dtype != x.dtype and self.running_mean is not None:
+            # FSDP2 gathers weights in half precision, which torch's kernels do not mix
+            weight, bias = (t.to(self.running_mean.dtype) for t in (weight, bias))
+        return functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            self.running_mean is None,
+            0.0,
+            self.eps,
+        )
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:
@@ -104,10 +130,11 @@ def fitting_group_size(size: int, world: World) -> int:
     return size
 
 
-def convert(module: nn.Module, group_size: int, world: World) -> int:
+def convert(module: nn.Module, group_size: int, world: World, *, alone: bool = False) -> int:
     """Make each BatchNorm of `module` synchronise over contiguous groups of ranks, in place.
 
-    Every rank must call it, in the same order. Groups of one rank leave the module as it is.
+    Every rank must call it, in the same order. Groups of one rank leave the module as it is, unless
+    `alone` asks for this class, whose statistics are float32 whatever the weights are.
 
     Returns:
         The number of ranks in a group: see `fitting_group_size`, also for the error raised.
@@ -120,10 +147,10 @@ def convert(module: nn.Module, group_size: int, world: World) -> int:
                 f"{name} is a {type(layer).__name__}, of which no synchronised form exists; build "
                 "the model from torch.nn.BatchNorm2d or train it without BatchNorm groups."
             )
-    if group_size == 1 or not layers:
+    if not layers or (group_size == 1 and not alone):
         return group_size
-    group = None
-    for first in range(0, world.size, group_size):
+    group = SharedGroup(None)
+    for first in range(0, world.size, group_size) if group_size > 1 else ():
         ranks = range(first, first + group_size)
         new = dist.new_group(list(ranks))  # every rank makes every group
         if world.rank in ranks:
@@ -165,12 +192,12 @@ class _Normalize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = sum_dy
         if ctx.needs_input_grad[0]:
-            sum_dy, sum_dy_xmu = all_reduce_sum(torch.stack([sum_dy, sum_dy_xmu]), ctx.group)
+            sum_dy, sum_dy_xmu = ctx.group.sum(torch.stack([sum_dy, sum_dy_xmu]))
             grad_x = _input_gradient(dy, x, mean, invstd, factor, sum_dy, sum_dy_xmu, count)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _statistics(x: Tensor, group: Group | None) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, group: SharedGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (channels), biased variance (channels) and count (1) over the group's images."""
     channels = x.shape[1]
     count = x.numel() // channels if channels else 0
@@ -186,7 +213,7 @@ def _statistics(x: Tensor, group: Group | None) -> tuple[Tensor, Tensor, Tensor]
         mean, variance = mean.double(), variance.double()
     squares = torch.addcmul(variance, mean, mean)
     packed = torch.cat([mean, squares, mean.new_ones(1)]).mul_(count)
-    packed = all_reduce_sum(packed, group)
+    packed = group.sum(packed)
     mean, squares = (packed[:-1] / packed[-1:]).chunk(2)
     variance = torch.addcmul(squares, mean, mean, value=-1).clamp_(min=0)
     return mean.to(dtype), variance.to(dtype), packed[-1:].to(dtype)
@@ -218,6 +245,10 @@ def _input_gradient(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> T
     centred = x.to(mean.dtype) - _wide(mean, x)
     gradient = dy.to(mean.dtype) - _wide(sum_dy / count, x) - centred * slope
     return (gradient * _wide(scale, x)).to(x.dtype)
+
+
+def _world() -> Group | None:
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _dims(x: Tensor) -> list[int]:

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selfsight.distributed.shards import local
 from selfsight.optim.lars import norms
 
 
 @torch.no_grad()
 def gradient_norm(optimizer: Optimizer, *, clip: float | None = None) -> Tensor:
     """Euclidean norm of all gradients, a scalar on their device; not finite if one of them is not.
+
+    Under FSDP2 it is that of the whole gradients, by one all-reduce: all ranks call it.
 
     Args:
         optimizer: Whose parameters' gradients; parameters without one are left out.
@@ -23,5 +26,6 @@ def gradient_norm(optimizer: Optimizer, *, clip: float | None = None) -> Tensor:
     ]
     norm = torch.linalg.vector_norm(norms(gradients))
     if clip is not None:
+        gradients = [local(gradient) for gradient in gradients]
         torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
     return norm

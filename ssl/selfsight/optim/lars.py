@@ -11,7 +11,8 @@ zero, g is used as it is, without weight decay. Nothing is excluded from decay o
 that starts at zero takes an unscaled first step, as in the original.
 
 Differences from Apex: a few list operations instead of a Python loop with two reads of the device a
-tensor; the gradients are overwritten in place, so that no copy of weights, gradients or momentum
+tensor; norms are of whole tensors where FSDP2 shards them, for one all-reduce of all of them; the
+gradients are overwritten in place, so that no copy of weights, gradients or momentum
 is made; and a step can be masked on the device (`selfsight.optim.sgd`). The rule of VISSL's
 lars.py, which divides by |g + weight_decay * p|, is another one.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
+from selfsight.distributed.shards import is_sharded, local, whole_norms
 from selfsight.optim.sgd import SGD
 
 # PyTorch adds a long float32 tensor's squares on CPU in too few partial sums: the norm of 40
@@ -33,7 +35,14 @@ CPU_NORM_PIECE = 2**18
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norms of tensors of one device and dtype, as one vector; never read by the host."""
+    """Euclidean norms of tensors of one device and dtype, as one vector; never read by the host.
+
+    Of a sharded tensor it is the norm of the whole, which all ranks must ask for together.
+    """
+    return whole_norms(_norms([local(tensor) for tensor in tensors]), tensors)
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(tensors)))
     pieces: list[Tensor] = []
@@ -104,16 +113,31 @@ class LARS(SGD):
         # GradScaler sets, multiplies and deletes these two, so they are no fields of the class.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        work = []
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in parameters]
-            if not parameters:
-                continue
-            if grad_scale is not None:
-                torch._foreach_mul_(gradients, grad_scale.reciprocal())
+            if parameters:
+                momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+                work.append((group, parameters, [p.grad for p in parameters], momenta))
+        if grad_scale is not None:
+            for _, _, gradients, _ in work:
+                torch._foreach_mul_([local(g) for g in gradients], grad_scale.reciprocal())
+        own = [
+            _norms([local(tensor) for tensor in tensors])
+            for _, parameters, gradients, _ in work
+            for tensors in (parameters, gradients)
+        ]
+        if sharded := any(is_sharded(p) for _, parameters, _, _ in work for p in parameters):
+            of = [t for _, parameters, gradients, _ in work for t in (*parameters, *gradients)]
+            own = list(whole_norms(torch.cat(own), of).split([len(part) for part in own]))
+        for (group, *lists), *both in zip(work, own[0::2], own[1::2], strict=True):
+            if sharded:
+                lists = [[local(tensor) for tensor in tensors] for tensors in lists]
+            parameters, gradients, momenta = lists
             self._precondition(
                 parameters,
                 gradients,
+                *both,
                 weight_decay=group["weight_decay"],
                 trust_coefficient=group["trust_coefficient"],
                 eps=group["eps"],
@@ -121,7 +145,7 @@ class LARS(SGD):
             sgd(
                 parameters,
                 gradients,
-                [self.state[p]["momentum_buffer"] for p in parameters],
+                list(momenta),
                 fused=True,
                 found_inf=found_inf,
                 weight_decay=0.0,
@@ -136,12 +160,13 @@ class LARS(SGD):
     def _precondition(
         parameters: list[Tensor],
         gradients: list[Tensor],
+        parameter_norms: Tensor,
+        gradient_norms: Tensor,
         *,
         weight_decay: float,
         trust_coefficient: float,
         eps: float,
     ) -> None:
-        parameter_norms, gradient_norms = norms(parameters), norms(gradients)
         scales = gradient_norms + weight_decay * parameter_norms + eps
         scales = trust_coefficient * parameter_norms / scales
         # The two exceptions need no case of their own below. A weight of norm zero adds nothing to

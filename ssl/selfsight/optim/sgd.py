@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from selfsight.distributed.shards import local
 
 
 class SGD(torch.optim.SGD):
@@ -54,3 +57,26 @@ class SGD(torch.optim.SGD):
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update all parameters that have a gradient; of a sharded one, this rank's part."""
+        assert closure is None, "SGD takes no closure"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            sgd(
+                [local(p) for p in parameters],
+                [local(p.grad) for p in parameters],
+                [local(self.state[p]["momentum_buffer"]) for p in parameters],
+                fused=True,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+            )
