@@ -51,7 +51,7 @@ class KeptStatistics:
     def keep(self) -> None:
         """Remember the statistics as they are."""
         if self._kept:
-            torch._foreach_copy_(self._kept, self._buffers)
+            torch._foreach_copy_(self._kept, self._buffers)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def restore_where(self, bad: torch.Tensor) -> None:
