@@ -77,6 +77,7 @@ def test_a_signal_to_the_command_reaches_each_rank_once(data, tmp_path):
     assert read_json(run / "summary.json")["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_the_command(data, tmp_path):
     run, said = tmp_path / "orphans", tmp_path / "said"
     process = start(arguments(data, tmp_path, "orphans", *LONG, "cluster.processes=2"), said)
@@ -97,6 +98,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_preempted_is_the_exit_status_75(data, tmp_path):
     run, said = tmp_path / "again", tmp_path / "said"
     process = start(arguments(data, tmp_path, "again", *LONG), said)
@@ -109,6 +111,7 @@ def test_preempted_is_the_exit_status_75(data, tmp_path):
     assert read_json(run / "summary.json")["status"] == "preempted"
 
 
+@pytest.mark.slow
 def test_other_versions_are_refused_unless_told(data, tmp_path):
     words = arguments(data, tmp_path, "versions", "steps=2", "cluster=local")
     run_here(words)

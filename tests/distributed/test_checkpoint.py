@@ -258,7 +258,7 @@ def _save_and_die(folder: Path, step: int, calls: int) -> None:
     _save(folder, step)
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_kill_before_any_change_of_the_disk_loses_nothing(tmp_path, again):
     """`again`: the step that is being saved has a checkpoint already."""
     step = 2 if again else 3

@@ -280,7 +280,9 @@ def _save_and_die(folder: Path, step: int, calls: int) -> None:
     saver.finish()
 
 
-@pytest.mark.parametrize("step", [2, 3])  # 2 is there already and is replaced
+# 2 is there already and is replaced
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3])
 def test_a_kill_before_any_change_of_the_disk_loses_nothing(tmp_path, step):
     for calls in range(1, 60):
         folder = tmp_path / str(calls)

@@ -151,6 +151,7 @@ def _rank_that_may_die(
     os._exit(0 if saver.finish() else 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "calls"),
     [*((0, n) for n in (2, 3, 5, 6, 7, 8, 9)), *((1, n) for n in (1, 2, 3, 4))],
