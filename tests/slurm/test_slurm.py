@@ -13,6 +13,8 @@ import pytest
 from tests.runs import checksums, run_here
 from tests.slurm.conftest import Cluster, summary
 
+pytestmark = pytest.mark.slow  # minutes, on a SLURM of its own
+
 NODES = "cluster.nodes=2"
 
 

@@ -11,6 +11,8 @@ import pytest
 from selfsight.cluster.spec import read_json
 from tests.slurm.conftest import Cluster
 
+pytestmark = pytest.mark.slow  # minutes, on a SLURM of its own
+
 SEER = ("model=regnety_256gf", "data=uncurated_stream")
 
 
