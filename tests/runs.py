@@ -15,6 +15,7 @@ from PIL import Image
 from selfsight.build import compose
 from selfsight.cluster.local import launch
 from selfsight.config import check
+from selfsight.distributed import preempt
 from selfsight.train import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,7 @@ def run_here(overrides: list[str]) -> dict[str, Any]:
         return launch(config, config.name, pretrain)
     finally:
         torch.use_deterministic_algorithms(False)
+        preempt.disarm()  # or TERM would never end pytest
 
 
 def start(overrides: list[str]) -> subprocess.Popen[str]:
