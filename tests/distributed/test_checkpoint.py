@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from selfsight.distributed import checkpoint, checkpoint_folder, payload
+from tests.distributed.saves import deadly
 from tests.parallel.ranks import PRELOADED
 
 SCALARS = {"lr": 0.1, "best": None, "seen": 12, "done": False, "name": "größe", "log": [1, [2.5]]}
@@ -241,20 +242,7 @@ def _in_a_process(function, *arguments) -> int:
 
 def _save_and_die(folder: Path, step: int, calls: int) -> None:
     """Save, and be killed just before the call number `calls` that changes the disk."""
-    left = calls
-
-    def deadly(function):
-        def call(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in ("write", "fsync", "mkdir", "rename", "rmdir", "unlink"):
-        setattr(os, name, deadly(getattr(os, name)))
+    deadly(calls)
     _save(folder, step)
 
 

@@ -25,6 +25,7 @@ from selfsight.cluster import packages, site, snapshot
 from selfsight.cluster.plan import Plan, plan
 from selfsight.cluster.spec import Spec, read_json, write_json
 from selfsight.config import ConfigError
+from selfsight.tracking import revision
 
 RESTARTS = 3
 AFTER = ("end", "success")
@@ -113,7 +114,7 @@ def submit(
         packages.hold_run(_run_folder(config, name), anyway)
 
     new = [place for place in folders if not place.exists()]  # nothing stays if sbatch refuses
-    versions, commit = packages.versions(), snapshot.commit()
+    versions, commit = packages.versions(), revision.commit()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     specs, files = [], []
     for (config, name), place, planned, field in zip(runs, folders, plans, fields, strict=True):

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,17 +56,3 @@ def take(folder: Path, root: Path = ROOT) -> tuple[Path, str]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return place, name
-
-
-def commit(root: Path = ROOT) -> str | None:
-    """The checkout's commit, with `+changes` if files differ from it; None outside git."""
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", *words], cwd=root, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+changes" if changes else "")

@@ -12,7 +12,6 @@ runs/NAME/config.yaml        the resolved configuration
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from selfsight.tracking.revision import commit
 
 VERSIONS = ("selfsight", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "hydra-core")
 
@@ -121,21 +122,6 @@ def environment() -> dict[str, Any]:
         "gpus": devices,
         "cuda": torch.version.cuda if devices else None,
     }
-
-
-def commit() -> str | None:
-    """The code's commit, with `+changes` if files differ from it; None outside git."""
-    root = Path(__file__).parents[3]
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", *words], cwd=root, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+changes" if changes else "")
 
 
 def _version(name: str) -> str | None:
