@@ -81,7 +81,6 @@ def test_children_started_in_the_shield_survive_the_jobs_signals():
     with preempt.shielded():
         os.kill(os.getpid(), signal.SIGUSR2)
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
-        assert preempt.noted() is None
     try:
         assert preempt.noted() == "preempted"  # it was not lost
         child.send_signal(signal.SIGUSR2)
@@ -91,6 +90,27 @@ def test_children_started_in_the_shield_survive_the_jobs_signals():
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_job_whose_parent_blocked_the_signals_notes_them():
+    """A fork server that was started within the shield hands its mask on to every child."""
+    code = (
+        "import os, signal\n"
+        "from selfsight.distributed import preempt\n"
+        "preempt.arm()\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "print(preempt.noted())\n"
+    )
+    root = str(Path(preempt.__file__).parents[2])
+    with preempt.shielded():
+        job = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+    out, _ = job.communicate(timeout=60)
+    assert (job.returncode, out.strip()) == (0, "preempted")
 
 
 def test_flags_of_one_process():

@@ -42,12 +42,15 @@ def arm() -> None:
     """Have USR2 and TERM noted from now on instead of ending the process (idempotent).
 
     To be called in a job before torch is imported: both are deadly until then. What comes before
-    the loop asks is not lost. Outside the main thread it does nothing.
+    the loop asks is not lost. Outside the main thread it does nothing. A parent that blocked them
+    (a fork server started within `shielded`, say) has no say here: they are unblocked.
     """
     for number in PREEMPTION:
         if number not in _former:
             with contextlib.suppress(ValueError):  # not the main thread
                 _former[number] = signal.signal(number, _note)
+                if hasattr(signal, "pthread_sigmask"):
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
 
 
 def disarm() -> None:
@@ -68,7 +71,7 @@ def noted() -> str | None:
 def shielded() -> Iterator[None]:
     """Processes started within ignore USR2 and TERM for good, as a signal to a whole job demands.
 
-    Signals to this process itself are noted when it ends. (A blocked signal stays blocked over
+    Signals to this process itself are noted when it ends at the latest. (A blocked signal stays blocked over
     fork and exec; such a child is ended by KILL, or by the end of its pipe.)
     """
     if not hasattr(signal, "pthread_sigmask"):
