@@ -47,6 +47,8 @@ class Ended:
     seconds: float
     after_fault: list[float]
     """From the fault (or the start) until each rank was gone."""
+    struck: bool
+    """Whether the fault came."""
 
     @property
     def text(self) -> str:
@@ -108,7 +110,7 @@ class Place:
         said = [(log / str(rank)).read_text() for rank in range(size)]
         codes = [process.exitcode for process in ranks]
         after = [gone.get(rank, end) - (hit or start) for rank in range(size)]
-        return Ended(codes, said, end - start, after)
+        return Ended(codes, said, end - start, after, bool(struck and struck.exists()))
 
     def finish(self, name: str, *more: str, size: int = 2) -> None:
         """Go on with a run until it is complete."""
