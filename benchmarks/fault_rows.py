@@ -75,12 +75,11 @@ def disk_full(place: Place, trials: int) -> Row:
         ended = place.run(f"full{n}", *more, size=1, fault=fault)
         left = list(place.checkpoints(f"full{n}").glob(".*"))
         alarms = ended.text.count("was not written")
-        held += (
-            ended.statuses == [0]
-            and place.steps(f"full{n}")[-1:] == [8]
-            and alarms == 1
-            and not left
-        )
+        saved = place.steps(f"full{n}")
+        right = ended.statuses == [0] and saved[-1:] == [8] and alarms == 1 and not left
+        held += right
+        if not right:
+            print(f"   limit at {at}: {ended.statuses} {saved=} {alarms=} {left=}\n{ended.text}")
     return held, trials, "runs that went on, with one alarm and no partial files"
 
 

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -229,9 +230,17 @@ def _strike(fault: Fault) -> None:
             os.kill(child.pid or 0, fault["signals"][0])
     elif kind == "full":
         limit = fault["bytes"]
+        _finish_save()  # which must not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     elif kind == "skip":
         _skip_one()
+
+
+def _finish_save() -> None:
+    """Wait for the checkpoint under way."""
+    for thread in threading.enumerate():
+        if thread.name == "save":
+            thread.join(60)
 
 
 def _at_step(fault: Fault) -> None:
@@ -249,6 +258,7 @@ def _at_step(fault: Fault) -> None:
         now = next(a for a in arguments if hasattr(a, "values") and hasattr(a, "step"))
         here = now.step in steps
         if fault["kind"] == "full" and now.step == steps.stop:
+            _finish_save()  # which must meet the limit
             unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         if not here or (now.step == steps.start and not _strikes(fault)):
