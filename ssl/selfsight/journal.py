@@ -47,7 +47,7 @@ FREE = (
 WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")
 # What a run's folder may hold before the run has written its configuration.
 OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
-OWN_FILES |= {"lease.json", ".ranks"}
+OWN_FILES |= {"lease.json"}
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 
@@ -89,7 +89,8 @@ class Journal:
         path = self.folder.path
         text = self.folder.config_text()
         if text is None:
-            found = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
+            names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
+            found = {name for name in names if not name.startswith(".")}
             if path.exists() and found - OWN_FILES:
                 return f"{path} exists and is not the folder of a run: choose another name="
             return None
