@@ -1,14 +1,12 @@
 """Every export, loaded by the other library and used as its snippet says; and refusals."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from launch.convert import convert
 from selfsight.build import build
 from selfsight.weights import export as exports
 from selfsight.weights.export import export
@@ -18,7 +16,6 @@ from selfsight.weights.load import LoadedTrunk, load_trunk
 from selfsight.weights.report import Report
 from tests.weights import published
 
-ROOT = Path(__file__).parents[2]
 REGNET = {"_target_": "selfsight.trunks.regnet.RegNetY", **published.TINY}
 RESNET = {
     "_target_": "selfsight.trunks.resnet.ResNet",
@@ -160,27 +157,26 @@ def test_an_existing_file_is_kept(tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/convert.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_the_command_says_what_it_loaded_and_how_to_use_the_result(tmp_path):
+def test_the_command_says_what_it_loaded_and_how_to_use_the_result(tmp_path, capsys):
     trunk = published.tiny_regnet()
     source = tmp_path / "seer.torch"
     torch.save(published.vissl_file(trunk.state_dict()), source)
     out = tmp_path / "trunk.safetensors"
-    done = convert(f"in={source}", f"out={out}", "to=torchvision")
-    assert done.returncode == 0, done.stderr
+    assert convert([f"in={source}", f"out={out}", "to=torchvision"]) == 0
+    said = capsys.readouterr().out
     count = sum(not name.endswith("tracked") for name in trunk.state_dict())
-    assert f"{count} of {count} tensors of the trunk loaded (VISSL RegNet)" in done.stdout
-    assert "licence: SEER" in done.stdout and "torchvision.models.regnet.RegNet(" in done.stdout
-    got = used("\n".join(done.stdout.splitlines()[-3:]), images := torch.randn(2, 3, 64, 64))
+    assert f"{count} of {count} tensors of the trunk loaded (VISSL RegNet)" in said
+    assert "licence: SEER" in said and "torchvision.models.regnet.RegNet(" in said
+    got = used("\n".join(said.splitlines()[-3:]), images := torch.randn(2, 3, 64, 64))
     with torch.no_grad():
         torch.testing.assert_close(got, trunk(images), rtol=1e-5, atol=1e-5)
 
-    done = convert(f"in={tmp_path / 'none'}", f"out={out}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("selfsight: there is no file of weights")
-    done = convert(f"inn={source}", f"out={out}")
-    assert done.returncode == 2 and "there is no key 'inn'; did you mean 'in'?" in done.stderr
+    for arguments, message in (
+        ([f"in={tmp_path / 'none'}", f"out={out}2"], "there is no file of weights"),
+        ([f"inn={source}", f"out={out}"], "there is no key 'inn'; did you mean 'in'?"),
+        ([f"in={source}"], "out= is not set"),
+        (["convert"], "'convert' is not understood"),
+    ):
+        assert convert(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("selfsight: ") and error.count("\n") == 1 and message in error

@@ -24,6 +24,7 @@ from selfsight.weights.files import WeightsError
 from selfsight.weights.load import LoadedTrunk, load_trunk
 
 FORMS = ("selfsight", "timm", "torchvision", "hf", "onnx", "export")
+_UNSEEN = ("heads", "norm_eps", "position_offset", "position_antialias", "layer_scale")
 TOLERANCE = 1e-5  # of the largest output, or of 1 if that is less
 
 
@@ -169,7 +170,12 @@ def _hugging_face(loaded: LoadedTrunk, path: Path) -> tuple[Run, str]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], loaded: LoadedTrunk) -> None:
+    node = loaded.found.node
     metadata = {"format": "pt", "mean": json.dumps(loaded.mean), "std": json.dumps(loaded.std)}
+    if isinstance(loaded.trunk, VisionTransformer):  # what shapes do not show
+        metadata["vit"] = json.dumps({k: node[k] for k in _UNSEEN if k in node})
+    elif isinstance(loaded.trunk, TimmTrunk | TorchvisionTrunk):
+        metadata |= {"architecture": node["name"], "library": type(loaded.trunk).__name__}
     if loaded.found.licence:
         metadata["licence"] = loaded.found.licence
     write_tensors(path, {name: t.contiguous() for name, t in tensors.items()}, metadata)
