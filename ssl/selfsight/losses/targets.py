@@ -43,9 +43,7 @@ class Targets(nn.Module):
     ) -> None:
         super().__init__()
         if centring not in CENTRINGS:
-            raise ValueError(
-                f"method.centring={centring} is not one of {', '.join(CENTRINGS)}"
-            )
+            raise ValueError(f"method.centring={centring} is not one of {', '.join(CENTRINGS)}")
         self.centring, self.momentum, self.iterations = centring, momentum, iterations
         self.register_buffer("centre", torch.zeros(prototypes))
         self._sums: list[Tensor] = []  # (K + 1): sums and number of the scores of a micro-batch
