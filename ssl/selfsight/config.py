@@ -103,6 +103,7 @@ def register_resolvers() -> None:
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),
+        "where": lambda given, value: None if given is None else value,
         "site": _site,
     }
     for name, function in resolvers.items():
@@ -174,7 +175,7 @@ def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictC
         OmegaConf.resolve(resolved)
         OmegaConf.merge(schema, resolved)  # and of what was computed
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(first_line(error)) from None
     for key, choices in CHOICES.items():
         value = OmegaConf.select(resolved, key)
         if value not in choices:
@@ -207,7 +208,8 @@ def _known(key: str, known: Sequence[str], where: str) -> None:
         raise ConfigError(f"'{key}' is not a key of {where}{nearest(key, known)}")
 
 
-def _first_line(error: OmegaConfBaseException) -> str:
+def first_line(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says, as one sentence that begins with the key."""
     text = str(error).strip().splitlines()[0]
     key = getattr(error, "full_key", None)
     if match := re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", text):
@@ -228,13 +230,18 @@ def _check_nodes(tree: Any) -> None:
         _check_call(f"views.{name}", group or {}, signature(CROP_GROUP), exact=False)
     # the model before the method that refers to it, so that a mistake is named where it was made
     for key, child in sorted(tree.items(), key=lambda item: item[0] != "model"):
-        _check_targets(child, str(key))
+        check_targets(child, str(key))
 
 
-def _check_targets(node: Any, path: str) -> None:
+def check_targets(node: Any, path: str) -> None:
+    """Check every `_target_` node of a plain tree against what it names.
+
+    Raises:
+        ConfigError: one sentence that names the key at fault.
+    """
     if isinstance(node, list):
         for index, child in enumerate(node):
-            _check_targets(child, f"{path}[{index}]")
+            check_targets(child, f"{path}[{index}]")
     if not isinstance(node, dict):
         return
     if "_target_" in node:
@@ -248,7 +255,7 @@ def _check_targets(node: Any, path: str) -> None:
         arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
         _check_call(path, arguments, found, exact=not node.get("_partial_", False))
     for key, child in node.items():
-        _check_targets(child, f"{path}.{key}")
+        check_targets(child, f"{path}.{key}")
 
 
 def _check_call(
