@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from selfsight.sections import Run
 from selfsight.signatures import Signature, signature
@@ -134,6 +135,11 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
     """Every leaf of a configuration, resolved, as {"a.b.c": value}."""
+    return flat_tree(OmegaConf.to_container(config, resolve=True))
+
+
+def flat_tree(tree: Any) -> dict[str, Any]:
+    """Every leaf of plain nested values."""
     leaves: dict[str, Any] = {}
 
     def walk(node: Any, path: str) -> None:
@@ -143,8 +149,42 @@ def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
         else:
             leaves[path] = node
 
-    walk(OmegaConf.to_container(config, resolve=True), "")
+    walk(tree, "")
     return leaves
+
+
+def published(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain resolved values, fit to be written down and sent.
+
+    A text that is drawn from the environment may be a secret: it stays as it was written,
+    `${oc.env:KEY}`.
+    """
+    drawn = False
+
+    def noting(*arguments: Any) -> Any:
+        nonlocal drawn
+        drawn = True
+        return oc.env(*arguments)
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, DictConfig):
+            return {key: value_of(node, key) for key in node}
+        return [value_of(node, index) for index in range(len(node))]
+
+    def value_of(node: Any, key: Any) -> Any:
+        nonlocal drawn
+        drawn = False
+        value = node[key]
+        if OmegaConf.is_config(value):
+            return plain(value)
+        return node._get_node(key)._value() if drawn and isinstance(value, str) else value
+
+    OmegaConf.register_new_resolver("oc.env", noting, replace=True)
+    try:
+        return plain(config)
+    finally:
+        OmegaConf.clear_resolver("oc.env")
+        OmegaConf.register_new_resolver("oc.env", oc.env)
 
 
 def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictConfig:

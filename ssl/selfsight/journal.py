@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight import recovery
-from selfsight.config import ConfigError, flat
+from selfsight.config import ConfigError, flat, flat_tree, published
 from selfsight.data.sources.source import Source
 from selfsight.distributed import checkpoint, collectives
 from selfsight.distributed.async_save import Saver
@@ -104,9 +104,11 @@ class Journal:
         free = FREE if follows else tuple(k for k in FREE if k not in WARMUP)
         for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
             if before.get(key) != now.get(key) and not key.startswith(free):
+                old = flat_tree(OmegaConf.to_container(OmegaConf.create(text))).get(key)
+                new = flat_tree(published(self.config)).get(key)
                 return (
-                    f"{path} was started with {key}={before.get(key)}, and now it is "
-                    f"{now.get(key)}: choose another name=, or resume=anyway to go on regardless"
+                    f"{path} was started with {key}={old}, and now it is {new}: choose "
+                    "another name=, or resume=anyway to go on regardless"
                 )
         return None
 
@@ -196,7 +198,7 @@ class Journal:
         self._open_console(first, bar=c.tracking.progress)
         if not world.main:
             return
-        self.folder.write_config(OmegaConf.to_yaml(c, resolve=True))
+        self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(published(c))))
         self.folder.write_environment(
             world_size=world.size, threads=torch.get_num_threads(), device=str(world.device)
         )
@@ -223,7 +225,7 @@ class Journal:
             project=c.tracking.wandb_project,
             name=self.name,
             folder=self.folder.path,
-            config=OmegaConf.to_container(c, resolve=True),  # pyright: ignore[reportArgumentType]
+            config=published(c),
             say=self._say,
         )
 
