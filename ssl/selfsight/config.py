@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "pixels.bits": (8, 16),
     "loader.truncated": ("skip", "use"),
     "loader.colour": ("auto", "workers", "device"),
+    "eval.kind": ("features", "classifier"),
     "cluster.kind": ("auto", "local", "slurm", "env"),
     "cluster.environment": ("strict", "anyway"),
     "cluster.gpu_request": ("node", "task", "gres"),
@@ -67,6 +68,13 @@ def _updates(images: float | None, epochs: float | None, batch_size: int) -> int
     if images is not None:
         return int(images) // batch_size
     return None if epochs is None else "auto"
+
+
+def _epoch_steps(steps: int | str | None, epochs: float | None, count: float) -> int:
+    """Updates of `count` epochs of a run whose length is given in epochs; 100 of any other."""
+    if not isinstance(steps, int) or not epochs:
+        return 100
+    return max(1, round(steps * count / epochs))
 
 
 def _devices(batch_size: int, images_per_device: int | None) -> int:
@@ -106,6 +114,7 @@ def register_resolvers() -> None:
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),
+        "epoch_steps": _epoch_steps,
         "where": lambda given, value: None if given is None else value,
         "site": _site,
     }
@@ -361,8 +370,12 @@ def _check_combinations(c: DictConfig) -> None:
             "loader.colour=device works on 8-bit RGB: leave it at auto for other pixels"
         )
     crops = [int(g.get("count", 1)) for g in (c.views or {}).values()]
-    if sum(crops) < 2:
-        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least two")
+    least = 1 if c.eval.kind == "classifier" else 2  # labels stand in for a second view
+    if sum(crops) < least:
+        needs = "one crop" if least == 1 else "two"
+        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least {needs}")
+    if len(c.eval.split) != 3 or min(c.eval.split) < 0 or abs(sum(c.eval.split) - 1) > 1e-6:
+        raise ConfigError(f"eval.split={list(c.eval.split)} must be three shares that add up to 1")
     queue = c.method.get("queue_length", 0) or 0
     if queue % c.batch_size:
         raise ConfigError(

@@ -42,6 +42,7 @@ FREE = (
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
     "recovery.", "timeouts.",
+    "method.classes",  # counted where it is "auto"
 )  # fmt: skip
 
 WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")

@@ -167,6 +167,17 @@ class Eval:
     temperature: float = 0.07
     batch_size: int = 256
     """Images per forward pass of the evaluation, on one device."""
+    kind: str = "features"
+    """What is evaluated: `features` of the trunk, or the `classifier` of method=supervised."""
+    split: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
+    """Of a classifier: shares of the images to learn from, choose by and report on, where the data
+    has no split; where it has one, the last share is learnt from too."""
+    report: Any = None
+    """What its result says beside its figures; set by launch/evaluate.py."""
+    at_end: list[str] = field(default_factory=list)
+    """Evaluations of launch/evaluate.py started when the run has ended, as jobs of their own."""
+    at_checkpoints: list[str] = field(default_factory=list)
+    """Those started for each trunk that checkpoint.keep_every exports."""
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def layers(self, subject: "Subject") -> Sequence[str]:
-        """Names of the vectors it needs of each image, as `selfsight.evals.layers` has them."""
+        """Names of the vectors it needs of each image, as `selfsight.trunks.vectors` has them."""
 
     @abstractmethod
     def evaluate(self, bench: "Bench") -> Answer:

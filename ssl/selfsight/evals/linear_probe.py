@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from selfsight.data.sources.part import split_indices
-from selfsight.evals import intervals, layers
+from selfsight.evals import intervals
+from selfsight.trunks import vectors as layers
 from selfsight.evals.bench import Bench
 from selfsight.evals.evaluator import Answer, Evaluator
 from selfsight.evals.heads_sweep import Standardizer, predict_heads, train_heads
@@ -28,7 +29,7 @@ class LinearProbe(Evaluator):
 
     Args:
         rates: learning rates per 256 images.
-        inputs: what heads see: lists of vectors (`selfsight.evals.layers`), joined; None: by the
+        inputs: what heads see: lists of vectors (`selfsight.trunks.vectors`), joined; None: by the
             kind of trunk.
         steps: updates; None: 30 passes, between 1,000 and 12,500.
         batch_size: images of an update.

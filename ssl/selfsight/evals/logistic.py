@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfsight.data.sources.part import split_indices
-from selfsight.evals import intervals, layers
+from selfsight.evals import intervals
+from selfsight.trunks import vectors as layers
 from selfsight.evals.bench import Bench
 from selfsight.evals.evaluator import Answer, Evaluator
 from selfsight.evals.heads_sweep import Standardizer

@@ -84,13 +84,16 @@ class OnlineEvaluation:
             )
         return f"no labels: rank and uniformity of {len(self.bank)} images"
 
-    def run(self, method: Method, *, calibrate: bool = False) -> dict[str, float]:
+    def run(
+        self, method: Method, *, calibrate: bool = False, last: bool = False, step: int = 0
+    ) -> dict[str, float]:
         """Figures of the method's trunk; nothing of the method is changed.
 
         Args:
             calibrate: Estimate BatchNorm's running statistics on bank images first, for this
                 evaluation only: a trunk fresh from its initialisation has none, and would be judged
                 below its worth.
+            last, step: for evaluations that keep the best of several states; this one does not.
         """
         with calibrated(method.trunk, self._forward(method)) if calibrate else evaluating(method):
             bank = self._extract(method, self.bank)

@@ -31,7 +31,7 @@ from selfsight.data.evaluation import read_images
 from selfsight.data.ledger import Failure
 from selfsight.data.sources.source import Source
 from selfsight.distributed import collectives
-from selfsight.evals.layers import vectors
+from selfsight.trunks.vectors import vectors
 from selfsight.evals.subject import Subject
 
 FORMAT = 1
@@ -194,7 +194,7 @@ def _extract_shard(
         rows.append(own)
         if not len(images):
             continue
-        with autocast():
+        with torch.no_grad(), autocast():
             found = vectors(subject.trunk, subject.normalize(images.to(device)), layers)
         for layer, values in found.items():
             kept = values.half() if half else values
@@ -214,7 +214,8 @@ def _empty(subject: Subject, reader: "_Reader", layer: str, device: torch.device
     """(0, d), for a shard of which no image can be read."""
     size = reader.transform.size
     blank = torch.zeros(1, subject.pixels.channels, size, size, device=device)
-    return vectors(subject.trunk, blank, [layer])[layer][:0].cpu().numpy()
+    with torch.no_grad():
+        return vectors(subject.trunk, blank, [layer])[layer][:0].cpu().numpy()
 
 
 def _save(path: Path, array: np.ndarray) -> None:

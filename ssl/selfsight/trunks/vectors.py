@@ -1,4 +1,4 @@
-"""The vectors of an image that evaluations take from a trunk, by name.
+"""The vectors of an image that evaluations and classifiers take from a trunk, by name.
 
 feature            what the trunk's forward gives
 c2 ... c5          a level of the trunk, averaged over the image
@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,7 +44,17 @@ def check(trunk: Trunk, wanted: Iterable[str]) -> None:
             )
 
 
-@torch.no_grad()
+def width_of(trunk: Trunk, name: str) -> int:
+    """Length of a named vector."""
+    level, _, grid = name.partition("_")
+    if level in LEVELS:
+        rows, columns = map(int, grid.split("x")) if grid else (1, 1)
+        return trunk.feature_info[level].channels * rows * columns
+    if name == "gem" and not is_vit(trunk):
+        return trunk.feature_info[LEVELS[-1]].channels
+    return trunk.width
+
+
 def vectors(trunk: Trunk, images: Tensor, wanted: Iterable[str]) -> dict[str, Tensor]:
     """The named vectors of normalised images (b, C, h, w): fp32 (b, d) each."""
     wanted = list(wanted)
