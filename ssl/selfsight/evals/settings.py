@@ -14,7 +14,8 @@ from selfsight.sections import Evaluation
 
 CONF = Path(__file__).parents[3] / "conf"
 DURING_A_RUN = "online"  # the one of conf/eval that is no evaluation of its own
-NEEDS_SMALLER = {"synthetic": "synthetic_scenes"}  # brings a recipe of pretraining with it
+# data=synthetic brings a recipe of pretraining with it, and more images than tell anything
+SYNTHETIC = ["data=scenes", "features.limit_train=5000", "features.limit_test=1000"]
 
 
 def evaluator_names() -> list[str]:
@@ -33,8 +34,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key == "data" and value in NEEDS_SMALLER:
-            argument = f"data={NEEDS_SMALLER[value]}"
+        if key == "data" and value == "synthetic":
+            found = [*SYNTHETIC, *found]
+            continue
         if key != "eval":
             found.append(argument)
             continue
