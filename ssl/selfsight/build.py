@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -116,11 +117,17 @@ def compose(name: str, overrides: list[str], folder: str | Path | None = None) -
     """
     configuration.register_resolvers()
     folder = str(folder or Path(__file__).parents[2] / "conf")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
-        try:
-            return hydra.compose(config_name=name, overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_sentence(name, overrides, error)) from None
+    # inside a command Hydra has composed that one's configuration already, and knows only one
+    hydra_of_command = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
+            try:
+                return hydra.compose(config_name=name, overrides=overrides)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(_sentence(name, overrides, error)) from None
+    finally:
+        GlobalHydra.instance().hydra = hydra_of_command
 
 
 def _sentence(name: str, overrides: list[str], error: Exception) -> str:

@@ -120,6 +120,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 method.trainable_trunk.units(),
                 decay=config.optim.layer_decay,
                 patch_embed=config.optim.patch_embed_lr_factor,
+                whole=config.optim.trunk_lr_factor,
             ),
         )
     )

@@ -17,6 +17,7 @@ from selfsight.evals.bench import Bench, Sets
 from selfsight.evals.evaluator import Answer, Evaluator
 from selfsight.evals.labelled import check_same_names
 from selfsight.evals.online import CALIBRATION_IMAGES, calibrate
+from selfsight.evals.settings import short_name
 from selfsight.evals.store import Transform
 from selfsight.evals.subject import Subject, load_subject, trunk_file
 from selfsight.runtime import autocast_factory, decode_limits, threads_per_process, usable_cores
@@ -144,7 +145,7 @@ def _write(
         "evaluator": key,
         "subject": {**subject.facts, "digest": subject.digest()},
         "data": {
-            "name": data_name(config, sets),
+            "name": config.data_name or short_name(config.data),
             "train": sets.train.name,
             "test": None if sets.test is None else sets.test.name,
             "classes": None if sets.train.classes is None else len(sets.train.classes),
@@ -161,11 +162,6 @@ def _write(
         "seed": bench.seed,
     }
     reporting.write_result(bench.out, content, say=bench.say, wandb=config.tracking)
-
-
-def data_name(config: DictConfig, sets: Sets) -> str:
-    """How tables call the data."""
-    return config.data_name or sets.train.name.split("/")[0]
 
 
 def _finite(figure: dict[str, Any]) -> dict[str, Any]:

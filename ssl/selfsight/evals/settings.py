@@ -101,6 +101,23 @@ def place(config: DictConfig) -> Path:
     return Path(config.runs_dir).expanduser() / name / "evals"
 
 
+def short_name(data: DictConfig) -> str:
+    """What tables call the data where `data_name` is not set: a word of where it is."""
+    train = OmegaConf.to_container(data.train, resolve=True)
+    assert isinstance(train, dict)
+    train = train.get("source", train)
+    if "name" in train:
+        return str(train["name"])
+    for key in ("path", "table", "shards", "root"):
+        value = train.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if value:
+            path = Path(str(value))
+            stem = path.parent.name if key == "shards" or path.stem == "train" else path.stem
+            return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem) or "data"
+    return "scenes" if "Scenes" in str(train.get("_target_")) else "data"
+
+
 def _data_of_the_run(config: DictConfig) -> Any:
     if config.run is None:
         raise ConfigError("say on which images: data=cifar10, data=class_folders data.path=..., ...")
