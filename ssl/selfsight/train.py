@@ -25,6 +25,7 @@ from selfsight.distributed.preempt import Answer, Flags, StopRequest
 from selfsight.distributed.startup import check_ranks
 from selfsight.distributed.watchdog import Limits, Watchdog
 from selfsight.evals.sources import evaluation_during, run_sources
+from selfsight.evals.start import Starter
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
@@ -68,6 +69,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     journal = Journal(config, name, world)
     check_ranks(world, journal.config_hash())
     journal.open()
+    starter = Starter(journal.folder.path, config, main=world.main)
     stop = StopRequest(journal.folder.path / "stop" if world.main else None)
 
     # --------------------------------------------------------------------------------- data
@@ -290,6 +292,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)
                         journal.save(state)
+                        starter.saved(state.step)
+                        journal.track(state, starter.news())
         journal.finish_saves()
     finally:
         watchdog.close()
@@ -300,6 +304,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ---------------------------------------------------------------------------------- end
     if decision.stops:
         return journal.fail(state, decision.text)
-    return journal.finish(
-        state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
-    )
+    complete = not stop.agreed or state.step == steps
+    summary = journal.finish(state, method, complete=complete, reason=stop.agreed)
+    if complete:
+        starter.ended()
+    return summary
