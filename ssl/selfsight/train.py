@@ -91,7 +91,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     # ------------------------------------------------------------------------------- method
     with torch.device("meta"):
-        refuse_too_large(build(config.method), world)
+        refuse_too_large(build(config.method), world, sharded=config.strategy == "fsdp")
     torch.manual_seed(config.seed)
     method: Method = build(config.method)
     method.set_pixels(*known_pixels(config.pixels))

@@ -38,7 +38,7 @@ class LeaseRefused(ValueError):
     """Another run holds the folder; one sentence that names it."""
 
 
-class LostLease(RuntimeError):
+class LostLease(ValueError):
     """This run held the folder, and another has taken it: nothing more may be written."""
 
 
