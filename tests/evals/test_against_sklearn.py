@@ -49,7 +49,9 @@ def test_logistic_regression(sets, c):
     scale = Standardizer.of(x)
     x, queries = scale(x), scale(queries)
     weight, bias = fit_logistic(x, labels, classes=12, c=c, iterations=2000, tolerance=1e-9)
-    theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-9).fit(x.double().numpy(), labels.numpy())
+    theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-9).fit(
+        x.double().numpy(), labels.numpy()
+    )
     ours = (queries.double() @ weight + bias).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(queries.double().numpy())).max() < 1e-3
 

@@ -122,9 +122,7 @@ def load_subject(path: Path, device: torch.device, *, random_init: bool, seed: i
             raise ValueError(f"the weights of {path} do not fit its own trunk: {reason}") from None
     facts = {**facts, "file": path.name, "random_init": random_init}
     form = PixelFormat(pixels["channels"], pixels["bits"])
-    return Subject(
-        trunk.to(device).eval(), node, pixels["mean"], pixels["std"], form, path, facts
-    )
+    return Subject(trunk.to(device).eval(), node, pixels["mean"], pixels["std"], form, path, facts)
 
 
 def _load_foreign(path: Path, device: torch.device, random_init: bool) -> Subject:
@@ -165,7 +163,12 @@ def as_ours(path: Path, folder: Path) -> Path:
     write_tensors(
         place,
         found.trunk.state_dict(),
-        {"format": "pt", "trunk": json.dumps(found.node), "pixels": json.dumps(pixels), "step": "-1"},
+        {
+            "format": "pt",
+            "trunk": json.dumps(found.node),
+            "pixels": json.dumps(pixels),
+            "step": "-1",
+        },
     )
     return place
 

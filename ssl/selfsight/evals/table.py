@@ -170,11 +170,15 @@ def _html(table: Table) -> str:
     def row(cells: Iterable[str], tag: str = "td") -> str:
         return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
 
-    lines = [f"<!doctype html><meta charset=utf-8><title>Evaluations</title><style>{_STYLE}</style>"]
+    lines = [
+        f"<!doctype html><meta charset=utf-8><title>Evaluations</title><style>{_STYLE}</style>"
+    ]
     lines += ["<table>", row(("trunk", *(html.escape(str(c)) for c in table.columns)), "th")]
     best = {
         column: max(
-            (cells[column].figure(column.figure).value for cells in table.rows.values() if column in cells)
+            cells[column].figure(column.figure).value
+            for cells in table.rows.values()
+            if column in cells
         )
         for column in table.columns
     }
@@ -194,7 +198,10 @@ def _html(table: Table) -> str:
     lines += ["</table><p>95 % intervals; the protocol is shown over a number.</p>"]
     if published := _published(table):
         lines += ["<h2>Published</h2><table>", row(("model", "column", "value", "source"), "th")]
-        lines += [row((html.escape(m), html.escape(c), str(v), html.escape(s))) for m, c, v, s in published]
+        lines += [
+            row((html.escape(m), html.escape(c), str(v), html.escape(s)))
+            for m, c, v, s in published
+        ]
         lines += ["</table>"]
     return "\n".join(lines) + "\n"
 
