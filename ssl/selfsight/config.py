@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "pixels.bits": (8, 16),
     "loader.truncated": ("skip", "use"),
     "loader.colour": ("auto", "workers", "device"),
+    "eval.kind": ("features", "classifier"),
     "cluster.kind": ("auto", "local", "slurm", "env"),
     "cluster.environment": ("strict", "anyway"),
     "cluster.gpu_request": ("node", "task", "gres"),
@@ -57,6 +58,7 @@ SECTION_KEYS: dict[str, tuple[str, ...]] = {
         "exclude_bias_and_norm",
         "layer_decay",
         "patch_embed_lr_factor",
+        "trunk_lr_factor",
     ),
     "schedule": ("base_lr", "start", "end", "warmup_steps", "lr", "weight_decay"),
 }
@@ -144,6 +146,7 @@ def register_resolvers() -> None:
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),
+        "where": lambda given, value: None if given is None else value,
         "resnet_parameters": _parameters_of("resnet"),
         "vt_parameters": _parameters_of("vt"),
         "measured_parameters": _measured("parameters"),
@@ -258,7 +261,7 @@ def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictC
         OmegaConf.resolve(resolved)
         OmegaConf.merge(schema, resolved)  # and of what was computed
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(first_line(error)) from None
     for key, choices in CHOICES.items():
         value = OmegaConf.select(resolved, key)
         if value not in choices:
@@ -291,7 +294,8 @@ def _known(key: str, known: Sequence[str], where: str) -> None:
         raise ConfigError(f"'{key}' is not a key of {where}{nearest(key, known)}")
 
 
-def _first_line(error: OmegaConfBaseException) -> str:
+def first_line(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says, as one sentence that begins with the key."""
     text = str(error).strip().splitlines()[0]
     key = getattr(error, "full_key", None)
     if match := re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", text):
@@ -312,13 +316,18 @@ def _check_nodes(tree: Any) -> None:
         _check_call(f"views.{name}", group or {}, signature(CROP_GROUP), exact=False)
     # the model before the method that refers to it, so that a mistake is named where it was made
     for key, child in sorted(tree.items(), key=lambda item: item[0] != "model"):
-        _check_targets(child, str(key))
+        check_targets(child, str(key))
 
 
-def _check_targets(node: Any, path: str) -> None:
+def check_targets(node: Any, path: str) -> None:
+    """Check every `_target_` node of a plain tree against what it names.
+
+    Raises:
+        ConfigError: one sentence that names the key at fault.
+    """
     if isinstance(node, list):
         for index, child in enumerate(node):
-            _check_targets(child, f"{path}[{index}]")
+            check_targets(child, f"{path}[{index}]")
     if not isinstance(node, dict):
         return
     if "_target_" in node:
@@ -332,7 +341,7 @@ def _check_targets(node: Any, path: str) -> None:
         arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
         _check_call(path, arguments, found, exact=not node.get("_partial_", False))
     for key, child in node.items():
-        _check_targets(child, f"{path}.{key}")
+        check_targets(child, f"{path}.{key}")
 
 
 def _check_call(
@@ -400,8 +409,12 @@ def _check_combinations(c: DictConfig) -> None:
             "loader.colour=device works on 8-bit RGB: leave it at auto for other pixels"
         )
     crops = [int(g.get("count", 1)) for g in (c.views or {}).values()]
-    if sum(crops) < 2:
-        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least two")
+    least = 1 if c.eval.kind == "classifier" else 2  # labels stand in for a second view
+    if sum(crops) < least:
+        needs = "one crop" if least == 1 else "two"
+        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least {needs}")
+    if len(c.eval.split) != 3 or min(c.eval.split) < 0 or abs(sum(c.eval.split) - 1) > 1e-6:
+        raise ConfigError(f"eval.split={list(c.eval.split)} must be three shares that add up to 1")
     queue = c.method.get("queue_length", 0) or 0
     if queue % c.batch_size:
         raise ConfigError(

@@ -47,6 +47,7 @@ FREE = (
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
     "recovery.", "timeouts.",
+    "method.classes",  # counted where it is "auto"
 )  # fmt: skip
 
 # What a run's folder may hold before the run has written its configuration.
@@ -284,6 +285,11 @@ class Journal:
         self.wandb.log(state.step, named)
         place = BEGINNINGS.get(suffix, f"after step {state.step}")
         self._say(f"{figures_text(figures)} {place}")
+
+    def track(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """Send figures that other jobs have found to where the run is tracked."""
+        if self.wandb is not None and figures:
+            self.wandb.log(state.step, figures)
 
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint: it is written while training goes on. One that fails is told, and

@@ -24,7 +24,8 @@ from selfsight.distributed.parallelize import no_sync, parallelize
 from selfsight.distributed.preempt import Answer, Flags, StopRequest
 from selfsight.distributed.startup import check_ranks
 from selfsight.distributed.watchdog import Limits, Watchdog
-from selfsight.evals.online import OnlineEvaluation
+from selfsight.evals.sources import evaluation_during, run_sources
+from selfsight.evals.start import Starter
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
@@ -69,10 +70,12 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     journal = Journal(config, name, world)
     check_ranks(world, journal.config_hash())
     journal.open()
+    starter = Starter(journal.folder.path, config, main=world.main)
     stop = StopRequest(journal.folder.path / "stop" if world.main else None)
 
     # --------------------------------------------------------------------------------- data
-    source = build(config.data.train)
+    sources = run_sources(config)
+    source = sources.train
     if config.steps == "auto":
         config.steps = math.ceil(config.epochs * len(source) / config.batch_size)
     steps: int | None = config.steps
@@ -121,6 +124,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 method.trainable_trunk.units(),
                 decay=config.optim.layer_decay,
                 patch_embed=config.optim.patch_embed_lr_factor,
+                whole=config.optim.trunk_lr_factor,
             ),
         )
     )
@@ -153,19 +157,14 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         method.set_pixels(*estimate_pixels(source, config.pixels.estimate, limits, pixels))
 
     # ------------------------------------------------------- loader, evaluation, first figures
-    evaluation = OnlineEvaluation(
-        source=source,
-        bank=build(config.data.eval_train) if config.data.eval_train else None,
-        queries=build(config.data.eval_val) if config.data.eval_val else None,
-        size=config.data.eval_size,
-        limit=tuple(config.data.eval_limit),
-        neighbours=config.eval.neighbours,
-        temperature=config.eval.temperature,
-        batch_size=config.eval.batch_size,
+    evaluation = evaluation_during(
+        config,
+        sources,
         limits=limits,
         pixels=pixels,
         device=device,
         autocast=autocast,
+        folder=journal.folder.path,
     )
     eval_every = config.eval.every or (max(1, -(-steps // 5)) if steps else 1000)
     loader = Loader(
@@ -294,13 +293,15 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             with clock.paused():
                 if evaluates:
                     with watchdog.within("evaluation"):
-                        found = evaluation.run(method)
+                        found = evaluation.run(method, last=last, step=state.step)
                         journal.record_evaluation(state, found)
                         decision = start.judge(found, state.step)
                 if saves:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)
                         journal.save(state)
+                        starter.saved(state.step)
+                        journal.track(state, starter.news())
             if decision.stops:
                 break
         journal.finish_saves()
@@ -313,6 +314,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ---------------------------------------------------------------------------------- end
     if decision.stops:
         return journal.fail(state, decision)
-    return journal.finish(
-        state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
-    )
+    complete = not stop.agreed or state.step == steps
+    summary = journal.finish(state, method, complete=complete, reason=stop.agreed)
+    if complete:
+        starter.ended()
+    return summary

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from selfsight.data.sources.file_list import FileList, ListWriter, locked
 from selfsight.data.sources.source import IMAGE_EXTENSIONS, Record, Source
 
@@ -75,6 +77,11 @@ class ImageFolder(Source):
 
     def key(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
+
+    def labels(self) -> np.ndarray | None:
+        firsts = (self._paths[index].partition(b"/") for index in range(len(self)))
+        numbers = (self._numbers.get(first, -1) if rest else -1 for first, _, rest in firsts)
+        return np.fromiter(numbers, np.int64, len(self))
 
     def read(self, index: int) -> Record:
         path = self._paths[index]
