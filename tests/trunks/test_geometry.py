@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -119,7 +120,13 @@ def test_regnet_macs_equal_what_torch_counts(strides, size):
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_vit_macs_equal_what_torch_counts(size):
-    numbers = {"width": 48, "depth": 5, "heads": 3, "image_size": 64, "patch_size": 8}
+    numbers: dict[str, Any] = {
+        "width": 48,
+        "depth": 5,
+        "heads": 3,
+        "image_size": 64,
+        "patch_size": 8,
+    }
     trunk = VisionTransformer(**numbers, mlp_ratio=3.0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         trunk(torch.zeros(2, 3, *size))

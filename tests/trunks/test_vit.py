@@ -16,8 +16,8 @@ from selfsight.trunks.geometry import vit_parameters
 from selfsight.trunks.vit import VisionTransformer
 
 MODELS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("vit_*.yaml"))
-SMALL = {"width": 48, "depth": 8, "heads": 3, "image_size": 64, "patch_size": 8}
-SIZES = {
+SMALL: dict[str, Any] = {"width": 48, "depth": 8, "heads": 3, "image_size": 64, "patch_size": 8}
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},

@@ -162,20 +162,25 @@ def vit_parameters(
     image_size: int = 224,
     patch_size: int = 16,
     mlp_ratio: float = 4.0,
+    mlp: str = "gelu",
+    layer_scale: float | None = None,
+    register_tokens: int = 0,
+    mask_token: bool = False,
     **_: Any,
 ) -> int:
     """Return the number of parameters of `VisionTransformer` with these arguments, no classifier.
 
     Arguments that change no size are ignored.
     """
-    hidden = int(width * mlp_ratio)
     patches = (image_size // patch_size) ** 2
     embedding = (in_channels * patch_size**2 + 1) * width  # and bias
-    tokens = width + (1 + patches) * width  # class token, positions
+    tokens = width * (1 + register_tokens + mask_token) + (1 + patches) * width  # and positions
     attention = (width + 1) * 3 * width + (width + 1) * width  # qkv, projection
-    mlp = (width + 1) * hidden + (hidden + 1) * width
+    hidden, first = _mlp_widths(width, mlp_ratio, mlp)
+    layers = (width + 1) * first + (hidden + 1) * width
     norm = 2 * width
-    return embedding + tokens + depth * (attention + mlp + 2 * norm) + norm
+    scales = 0 if layer_scale is None else 2 * width
+    return embedding + tokens + depth * (attention + layers + 2 * norm + scales) + norm
 
 
 def vit_macs(
@@ -187,6 +192,8 @@ def vit_macs(
     in_channels: int = 3,
     patch_size: int = 16,
     mlp_ratio: float = 4.0,
+    mlp: str = "gelu",
+    register_tokens: int = 0,
     **_: Any,
 ) -> int:
     """Return the multiply-adds of `VisionTransformer` on one image of the given pixels.
@@ -194,7 +201,25 @@ def vit_macs(
     Linear layers and the two products of attention (scores, weighted values).
     """
     patches = (image_height // patch_size) * (image_width // patch_size)
-    tokens = patches + 1
-    linear = 4 * width**2 + 2 * width * int(width * mlp_ratio)
+    tokens = patches + 1 + register_tokens
+    hidden, first = _mlp_widths(width, mlp_ratio, mlp)
+    linear = 4 * width**2 + width * (first + hidden)
     embedding = in_channels * patch_size**2 * width * patches
     return embedding + depth * (tokens * linear + 2 * tokens**2 * width)
+
+
+def _mlp_widths(width: int, mlp_ratio: float, mlp: str) -> tuple[int, int]:
+    """Return the hidden width of an MLP and the outputs of its first layer, twice that if gated."""
+    hidden = int(width * mlp_ratio)
+    if mlp != "swiglu":
+        return hidden, hidden
+    hidden = gated_width(hidden)
+    return hidden, 2 * hidden
+
+
+def gated_width(hidden: int) -> int:
+    """Return the hidden width of a gated MLP that stands for a plain one of `hidden`.
+
+    Two thirds, rounded up to a multiple of 8, as in DINOv2: about as many parameters.
+    """
+    return (int(hidden * 2 / 3) + 7) // 8 * 8

@@ -8,7 +8,7 @@ names. Classes are abstract (this one) or final (all others).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ class Trunk(nn.Module, ABC):
 
         Images are normalised and in either memory format, contiguous or channels-last.
         """
+
+    def forward_views(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Return the feature vectors of image batches of several sizes.
+
+        (b_i, 3, s_i, s_i) to (b_i, width) for each; a trunk may do all in one pass.
+        """
+        return [self(view) for view in views]
 
     @abstractmethod
     def features(self, images: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
-"""Vision transformers: tiny, small, base and large.
+"""Vision transformers: tiny to giant, DINO's and DINOv2's.
 
 "An Image is Worth 16x16 Words" (Dosovitskiy et al. 2021), with the initialisation and the position
 interpolation of "Emerging Properties in Self-Supervised Vision Transformers" (DINO, Caron et al.
-2021). Parameter names are those of timm and DINO, without a classifier. Differences from DINO:
+2021), and by option what "DINOv2" (Oquab et al. 2023) and "Vision Transformers Need Registers"
+(Darcet et al. 2024) add. Parameter names are those of DINO and DINOv2 (without options, timm's
+too), without a classifier. Differences from DINO:
 
 - attention is `scaled_dot_product_attention`;
 - positions are interpolated by two small matrix products instead of `F.interpolate`, whose bicubic
@@ -11,77 +13,17 @@ interpolation of "Emerging Properties in Self-Supervised Vision Transformers" (D
 """
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from selfsight.trunks.trunk import LEVELS, FeatureLevel, Trunk
+from selfsight.trunks.vit_blocks import MLPS, Block, LayerScale, PatchEmbed
 
-_NORM_EPS = 1e-6
 _FEATURE_STRIDES = (4, 8, 16, 32)
-# DINO passes (n + 0.1) / grid as the scale of the interpolation. It was meant to guard the size of
-# the output against rounding, but the sampled points depend on it too, so published DINO weights
-# expect it.
-_SCALE_OFFSET = 0.1
-
-
-class _PatchEmbed(nn.Module):
-    """Cut images into patches and embed each: (b, c, h, w) to (b, h / p * w / p, width)."""
-
-    def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class _Attention(nn.Module):
-    """Multi-head self-attention over (b, tokens, width)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(b, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(b, tokens, width))
-
-
-class _Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class _Block(nn.Module):
-    """Pre-norm transformer block; each branch is dropped per sample with chance `drop_path`."""
-
-    def __init__(self, width: int, heads: int, hidden: int, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.attn = _Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.mlp = _Mlp(width, hidden)
-        self.drop_path = StochasticDepth(drop_path, mode="row")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 @final
@@ -97,8 +39,25 @@ class VisionTransformer(Trunk):
             get interpolated positions.
         patch_size: side of a patch in pixels.
         mlp_ratio: hidden width of the MLP over width.
+        mlp: `gelu`, or `swiglu`: gated, with two thirds of the hidden width (DINOv2 giant).
         drop_path: chance of dropping a branch in the last block; it grows linearly from 0 in the
             first. Kept branches are scaled by 1 / (1 - chance).
+        drop_path_uniform: every block has the chance `drop_path`, as in DINOv2.
+        drop_path_subset: branches are computed only for the images that keep them, as in DINOv2.
+        layer_scale: first value of the learned factors after each branch, null for none. DINOv2
+            trains with 1e-5.
+        register_tokens: learned tokens between the class token and the patches, without positions.
+        mask_token: have a learned token that stands for masked patches.
+        norm_eps: added to LayerNorm's variance. Hugging Face's ViTs have 1e-12.
+        position_offset: DINO passes (n + 0.1) / grid as the scale of the interpolation of positions
+            to n patches. It was meant to guard the size of the output against rounding, but the
+            sampled points depend on it too, so published DINO and DINOv2 weights expect it; those
+            with registers, and timm, 0.
+        position_antialias: smooth positions that are interpolated to fewer patches, as timm and
+            DINOv2 with registers do.
+
+    Attributes:
+        prefix_tokens: tokens before the patches: the class token and the registers.
 
     Levels of `features()`: the normalised patch tokens after each quarter of the blocks, as maps,
     resampled to strides 4, 8, 16, 32 by bilinear interpolation. (Detection adapters for plain ViTs
@@ -118,7 +77,16 @@ class VisionTransformer(Trunk):
         image_size: int = 224,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
+        mlp: str = "gelu",
         drop_path: float = 0.0,
+        drop_path_uniform: bool = False,
+        drop_path_subset: bool = False,
+        layer_scale: float | None = None,
+        register_tokens: int = 0,
+        mask_token: bool = False,
+        norm_eps: float = 1e-6,
+        position_offset: float = 0.1,
+        position_antialias: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -131,22 +99,43 @@ class VisionTransformer(Trunk):
             raise ValueError(f"depth={depth} of a ViT must be at least {len(LEVELS)}.")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path of a ViT must be in [0, 1), not {drop_path}.")
+        if mlp not in MLPS:
+            raise ValueError(f"mlp of a ViT must be one of {', '.join(MLPS)}, not {mlp}.")
+        if register_tokens < 0:
+            raise ValueError(f"register_tokens={register_tokens} of a ViT must be at least 0.")
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.width = width
+        self.prefix_tokens = 1 + register_tokens
+        self.position_offset, self.position_antialias = position_offset, position_antialias
         self.feature_info = {
             level: FeatureLevel(channels=width, stride=stride)
             for level, stride in zip(LEVELS, _FEATURE_STRIDES, strict=True)
         }
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))
-        self.patch_embed = _PatchEmbed(in_channels, patch_size, width)
+        registers = nn.Parameter(torch.empty(1, register_tokens, width))
+        self.register_tokens = registers if register_tokens else None
+        self.mask_token = nn.Parameter(torch.empty(1, width)) if mask_token else None
+        self.patch_embed = PatchEmbed(in_channels, patch_size, width)
+        chances = [drop_path * (1 if drop_path_uniform else i / (depth - 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            _Block(width, heads, int(width * mlp_ratio), drop_path * i / (depth - 1))
-            for i in range(depth)
+            Block(
+                width,
+                heads,
+                int(width * mlp_ratio),
+                norm_eps=norm_eps,
+                mlp=mlp,
+                layer_scale=layer_scale,
+                drop_path=chance,
+                subset=drop_path_subset,
+            )
+            for chance in chances
         )
-        self.norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.init_weights()
+
+    # ------------------------------------------------------------------------------- forward
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the class token after the last norm: (b, channels, h, w) to (b, width).
@@ -154,10 +143,69 @@ class VisionTransformer(Trunk):
         Raises:
             ValueError: h or w is no multiple of the patch size.
         """
-        x = self._tokens(images)
-        for block in self.blocks:
+        return self.norm(self._run(images)[:, 0])
+
+    def forward_views(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Return the class tokens of image batches of several sizes, in one pass.
+
+        The tokens of all images go through everything but attention together.
+        """
+        return [self.norm(x[:, 0]) for x in self._run_views(views)]
+
+    def tokens(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Return all tokens after the last norm: (b, prefix_tokens + patches, width).
+
+        Args:
+            images: (b, channels, h, w).
+            masks: bool (b, patches): patches that the mask token stands for.
+
+        Raises:
+            ValueError: h or w is no multiple of the patch size; or the trunk has no mask token.
+        """
+        return self.norm(self._run(images, masks))
+
+    def tokens_views(self, views: Sequence[Tensor], masks: Tensor | None = None) -> list[Tensor]:
+        """Return the tokens of image batches of several sizes, in one pass; `masks` are the first
+        batch's."""
+        return [self.norm(x) for x in self._run_views(views, masks)]
+
+    def intermediate(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the tokens after each of the last n blocks, after the last norm, in order.
+
+        Each is (b, prefix_tokens + patches, width).
+
+        Raises:
+            ValueError: n is not from 1 to the number of blocks.
+        """
+        if not 1 <= n <= len(self.blocks):
+            raise ValueError(f"a ViT of {len(self.blocks)} blocks has no last {n} blocks")
+        outputs: list[Tensor] = []
+        x = self._embed(images)
+        for index, block in enumerate(self.blocks):
             x = block(x)
-        return self.norm(x[:, 0])
+            if index >= len(self.blocks) - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+    def attention(self, images: Tensor, block: int = -1) -> Tensor:
+        """Return what each token takes from each in one block, per head, in fp32.
+
+        Computed again from the block's queries and keys: all else runs with fused kernels.
+
+        Args:
+            images: (b, channels, h, w).
+            block: index of the block, counted from the end if negative.
+
+        Returns:
+            (b, heads, prefix_tokens + patches, the same); each row adds up to 1.
+        """
+        count = len(self.blocks)
+        if not -count <= block < count:
+            raise ValueError(f"a ViT of {count} blocks has no block {block}")
+        x = self._embed(images)
+        for before in list(self.blocks)[: block % count]:
+            x = before(x)
+        return self.blocks[block](x, attention=True)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Return patch maps after each quarter of the blocks, resampled to strides 4 to 32.
@@ -171,16 +219,19 @@ class VisionTransformer(Trunk):
             len(self.blocks) * (i + 1) // len(LEVELS): level for i, level in enumerate(LEVELS)
         }
         maps: dict[str, Tensor] = {}
-        x = self._tokens(images)
+        x = self._embed(images)
         for done, block in enumerate(self.blocks, start=1):
             x = block(x)
             if done in level_of:
                 level = level_of[done]
                 stride = self.feature_info[level].stride
-                patches = self.norm(x)[:, 1:].transpose(1, 2).reshape(b, -1, rows, columns)
+                patches = self.norm(x)[:, self.prefix_tokens :]
+                patches = patches.transpose(1, 2).reshape(b, -1, rows, columns)
                 size = (math.ceil(h / stride), math.ceil(w / stride))
                 maps[level] = F.interpolate(patches, size, mode="bilinear", align_corners=False)
         return maps
+
+    # -------------------------------------------------------------------------- the contract
 
     def units(self) -> list[nn.Module]:
         """Return the transformer blocks."""
@@ -191,10 +242,11 @@ class VisionTransformer(Trunk):
         return list(self.blocks)
 
     def init_weights(self) -> None:
-        """Initialise as DINO does.
+        """Initialise as DINO and DINOv2 do.
 
         Tokens, positions and linear weights from a normal distribution with deviation 0.02 cut at
-        +-2, linear biases 0, LayerNorm 1 and 0, the patch embedding as a new `nn.Conv2d`.
+        +-2, linear biases 0, LayerNorm 1 and 0, the patch embedding as a new `nn.Conv2d`; registers
+        with deviation 1e-6, the mask token 0.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -202,19 +254,56 @@ class VisionTransformer(Trunk):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d | LayerScale):
                 module.reset_parameters()
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
 
-    def _tokens(self, images: Tensor) -> Tensor:
-        """Embed images and add positions: (b, channels, h, w) to (b, 1 + patches, width)."""
+    # -------------------------------------------------------------------------------- tokens
+
+    def _run(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Tokens after the last block: (b, prefix_tokens + patches, width)."""
+        x = self._embed(images, masks)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def _run_views(self, views: Sequence[Tensor], masks: Tensor | None = None) -> list[Tensor]:
+        """The same for batches of several sizes, packed to one sequence."""
+        if len(views) == 1:
+            return [self._run(views[0], masks)]
+        embedded = [self._embed(view, None if i else masks) for i, view in enumerate(views)]
+        shapes = tuple((x.shape[0], x.shape[1]) for x in embedded)
+        x = torch.cat([part.flatten(0, 1) for part in embedded])
+        for block in self.blocks:
+            x = block(x, shapes)
+        parts = x.split([images * tokens for images, tokens in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Embed images and add positions: (b, channels, h, w) to (b, prefix + patches, width)."""
         b, _, h, w = images.shape
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(
                 f"Images of {h}x{w} pixels do not divide into patches of {self.patch_size}; choose "
                 f"crop sizes that are multiples of {self.patch_size}."
             )
-        x = torch.cat((self.cls_token.expand(b, -1, -1), self.patch_embed(images)), dim=1)
-        return x + self._positions(h // self.patch_size, w // self.patch_size)
+        patches = self.patch_embed(images)
+        if masks is not None:
+            if self.mask_token is None:
+                raise ValueError("masked patches need a mask token: set model.trunk.mask_token")
+            token = self.mask_token.to(patches.dtype)
+            patches = torch.where(masks[..., None], token, patches)
+        x = torch.cat((self.cls_token.expand(b, -1, -1), patches), dim=1)
+        x = x + self._positions(h // self.patch_size, w // self.patch_size)
+        if self.register_tokens is None:
+            return x
+        registers = self.register_tokens.expand(b, -1, -1)
+        return torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
+
+    # ----------------------------------------------------------------------------- positions
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Return (1, 1 + rows * columns, width) positions, interpolated where needed."""
@@ -234,5 +323,10 @@ class VisionTransformer(Trunk):
     def _resampling(self, size: int) -> Tensor:
         """Return the (size, grid) weights of bicubic interpolation from grid to size points."""
         basis = torch.eye(self.grid, device=self.pos_embed.device)[None, :, :, None]
-        scale = ((size + _SCALE_OFFSET) / self.grid, 1.0)
-        return F.interpolate(basis, scale_factor=scale, mode="bicubic")[0, :, :, 0].T
+        antialias = self.position_antialias
+        if self.position_offset:
+            scale = ((size + self.position_offset) / self.grid, 1.0)
+            out = F.interpolate(basis, scale_factor=scale, mode="bicubic", antialias=antialias)
+        else:
+            out = F.interpolate(basis, (size, self.grid), mode="bicubic", antialias=antialias)
+        return out[0, :, :, 0].T
