@@ -24,6 +24,7 @@ from selfsight.distributed.parallelize import no_sync, parallelize
 from selfsight.distributed.preempt import Answer, Flags, StopRequest
 from selfsight.distributed.startup import check_ranks
 from selfsight.distributed.watchdog import Limits, Watchdog
+from selfsight.evals.observe import images, observe
 from selfsight.evals.online import OnlineEvaluation
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
@@ -193,21 +194,31 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             stop.follow(answer.reason)
             if (kind := guard.kind(answer)) is not None:
                 record_bad_batch(journal.folder.path, answer, kind)
-            decision = guard.observe(answer)
-            if decision is not GO_ON:
+            found = guard.observe(answer)
+            if found is not GO_ON:
+                decision = found
                 return
+
+    def look() -> None:
+        """Keep for the report what the evaluation just made shows."""
+        journal.reporter.pictures(
+            state.step, partial(images, evaluation), partial(observe, method, evaluation)
+        )
 
     watchdog = Watchdog(world, journal.folder.path, Limits(**config.timeouts))
     try:
         journal.introduce(source, evaluation, method, own_images=own_images, parts=parts)
         if state.step == 0:
             journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
+            look()
         method.train()
         while (steps is None or state.step < steps) and not stop.agreed:
             # global batch number `state.step`: this rank's lanes, in micro-batches
             watchdog.enter("data", state.step)
             whole = next(stream)
             batches = whole.micro(parts)
+            if state.step == 0:
+                journal.reporter.crops(list(views), whole.views)
             watchdog.enter("forward and backward", state.step)
             values = {key: schedule(state.step) for key, schedule in schedules.items()}
             reseed = partial(seed_forward, config.seed, state.step, world.rank)
@@ -276,10 +287,12 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 skipped.zero_()
                 clock.mark_line(stream.wait_seconds)
                 journal.record_line(state, now, figures, clock, new_skips, method)
+                decision = journal.wish(guard)
             with clock.paused():
                 if evaluates:
                     with watchdog.within("evaluation"):
                         journal.record_evaluation(state, evaluation.run(method))
+                        look()
                 if saves:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)
@@ -293,7 +306,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     # ---------------------------------------------------------------------------------- end
     if decision.stops:
-        return journal.fail(state, decision.text)
+        return journal.fail(state, decision)
     return journal.finish(
         state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
     )

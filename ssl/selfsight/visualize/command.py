@@ -105,9 +105,7 @@ def _bank(
     """Images among which neighbours are sought, and whether they are the images themselves."""
     if settings.bank is not None:
         path = Path(settings.bank).expanduser()
-        found = read_path(
-            path, form, most=settings.among, seconds=settings.seconds, notice=_say
-        )
+        found = read_path(path, form, most=settings.among, seconds=settings.seconds, notice=_say)
         return found, False
     if data is not None:
         return read_source(data, form, settings.among, _say), False

@@ -27,7 +27,9 @@ def read_path(
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if _extension(p) in IMAGE_EXTENSIONS)
         if not files:
-            raise ConfigError(f"{path} holds no images ({', '.join(sorted(IMAGE_EXTENSIONS)[:6])}…)")
+            raise ConfigError(
+                f"{path} holds no images ({', '.join(sorted(IMAGE_EXTENSIONS)[:6])}…)"
+            )
         chosen = spread(len(files), most)
         found = list(_decoded((_file(files[n], path) for n in chosen), form, notice))
     elif _extension(path) in VIDEO_EXTENSIONS:
@@ -67,7 +69,9 @@ def spread(length: int, most: int) -> list[int]:
 
 
 def _decoded(
-    items: Iterator[tuple[str, bytes | np.ndarray]], form: PixelFormat, notice: Callable[[str], None]
+    items: Iterator[tuple[str, bytes | np.ndarray]],
+    form: PixelFormat,
+    notice: Callable[[str], None],
 ) -> Iterator[Named]:
     for name, data in items:
         try:
