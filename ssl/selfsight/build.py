@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -114,11 +115,16 @@ def compose(name: str, overrides: list[str], folder: str | Path | None = None) -
     """
     configuration.register_resolvers()
     folder = str(folder or Path(__file__).parents[2] / "conf")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
-        try:
-            return hydra.compose(config_name=name, overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_sentence(name, overrides, error)) from None
+    outer = GlobalHydra.instance().hydra  # of a command that runs already: a report composes too
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
+            try:
+                return hydra.compose(config_name=name, overrides=overrides)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(_sentence(name, overrides, error)) from None
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _sentence(name: str, overrides: list[str], error: Exception) -> str:

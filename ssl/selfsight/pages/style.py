@@ -13,6 +13,7 @@ STYLE = """
 body { margin: 0 auto; padding: 20px 14px 60px; max-width: 1080px; background: var(--ground);
   color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 body.wide { max-width: 1480px; }
+@media (min-width: 1700px) { body.wide { max-width: 1720px; font-size: 17px; padding-top: 30px; } }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 8px 0 2px; overflow-wrap: anywhere; }
 h2 { font-size: 1.08rem; margin: 34px 0 10px; }
 p { margin: 6px 0; max-width: 72ch; }
@@ -34,6 +35,8 @@ ul.notes li.good { border-color: var(--good); background: var(--good-ground); }
 .cards { display: grid; gap: 10px;
   grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); align-items: start; }
 .card h3 { font-size: .95rem; margin: 2px 0 8px; font-weight: 600; }
+.cards.curves {
+  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
 .cards.tall { margin-top: 10px; }
 .rows { display: grid; grid-template-columns: max-content 1fr; gap: 8px 14px; }
 .rows > div { overflow-wrap: anywhere; }

@@ -32,7 +32,9 @@ nav a:hover { text-decoration: underline; }
 .heads figure { width: 88px; }
 .heads img, .heads .t { width: 88px; height: 88px; border-radius: 5px; display: block; }
 .heads img { image-rendering: pixelated; }
-.views img { image-rendering: auto; }
+.crops { display: grid; gap: 0 26px;
+  grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
+p.faint { max-width: 100ch; }
 .keys { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.4fr); gap: 3px 16px;
   font-size: .86rem; }
 .keys > * { overflow-wrap: anywhere; }

@@ -5,7 +5,7 @@ from typing import Any
 
 from selfsight.pages.parts import document, notes, table, text, tiles
 from selfsight.report import look, seen
-from selfsight.report.curves import curves
+from selfsight.report.curves import INITIAL, curves
 from selfsight.report.difference import shown
 from selfsight.report.record import Record
 
@@ -110,28 +110,29 @@ def _curves(record: Record) -> Iterator[str]:
     prototypes = first if isinstance(first, int) else None
     found = list(curves(record.metrics, prototypes))
     if found:
-        yield f'<div class="cards">{"".join(found)}</div>'
+        yield f'<div class="cards curves">{"".join(found)}</div>'
 
 
 def _evaluations(record: Record) -> Iterator[str]:
-    rows = []
+    heads = {"knn_top1": "k-NN top-1, %", "rank": "rank", "uniformity": "uniformity"}
+    rows: list[tuple[str, dict[str, float]]] = []
     for line in record.metrics:
-        initial = "knn_top1_random_init" in line or "rank_random_init" in line
-        if initial or "knn_top1" in line or ("rank" in line and "loss" not in line):
-            end = "_random_init" if initial else ""
-            rows.append(
-                (
-                    "random initialisation" if initial else f"{line['step']:,}",
-                    *(
-                        f"{line[f'{key}{end}']:.2f}" if f"{key}{end}" in line else ""
-                        for key in ("knn_top1", "rank", "uniformity")
-                    ),
-                )
-            )
+        if "loss" in line:
+            continue
+        initial = any(f"{key}{INITIAL}" in line for key in heads)
+        end = INITIAL if initial else ""
+        found = {key: line[f"{key}{end}"] for key in heads if f"{key}{end}" in line}
+        if found:
+            rows.append(("random initialisation" if initial else f"{line['step']:,}", found))
     if len(rows) > 12:  # the first, the last, and some between
         rows = [rows[round(n * (len(rows) - 1) / 11)] for n in range(12)]
     if rows:
-        yield table(("after step", "k-NN top-1, %", "rank", "uniformity"), rows)
+        kept = [key for key in heads if any(key in found for _, found in rows)]
+        cells = [
+            (when, *(f"{found[key]:.2f}" if key in found else "" for key in kept))
+            for when, found in rows
+        ]
+        yield table(("after step", *(heads[key] for key in kept)), cells)
     done = [
         (name, key, value)
         for name, result in record.evaluations.items()
@@ -164,7 +165,8 @@ def _bad(record: Record) -> Iterator[str]:
     yield f"<p>{total:,} in <code>ledger.jsonl</code>.</p>"
     rows = "".join(
         f"<b>{count:,}</b><div>{text(reason)}"
-        f'<div class="faint">{text(", ".join(keys))}{", …" if count > len(keys) else ""}</div></div>'
+        f'<div class="faint">{text(", ".join(keys) + (", …" if count > len(keys) else ""))}'
+        "</div></div>"
         for reason, count, keys in record.bad
     )
     yield f'<div class="card rows">{rows}</div>'

@@ -153,7 +153,7 @@ def crops(record: Record) -> Iterator[str]:
             ]
             parts.append('<span class="gap"></span>')
         rows.append(f'<div class="views">{"".join(parts[:-1])}</div>')
-    yield f'<div class="card">{"".join(rows)}</div>'
+    yield f'<div class="card crops">{"".join(rows)}</div>'
 
 
 def _when(found: dict[str, Any]) -> str:

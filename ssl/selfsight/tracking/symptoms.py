@@ -9,7 +9,7 @@ RECENT = 48  # log lines that a spike is measured by
 LEAST = 12  # of them, before one can be told
 SPIKE = 10.0  # robust standard deviations above their median
 JUMP = 0.15  # and at least this share of the median
-STARVED = 0.6  # share of the time that the loop waits for data
+STARVED = 0.7  # share of the time that the loop waits for data
 FLAT_POINTS = 1.0  # k-NN must rise by so much above random initialisation
 FLAT_EVALUATIONS = 2  # after the warm-up, before that can be told
 
