@@ -51,7 +51,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 # Sections whose keys are free of types here, with the keys their yamls may hold.
 SECTION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("trunk_parameters", "trunk", "head"),
-    "optim": ("optimizer", "weight_decay", "exclude_bias_and_norm"),
+    "optim": (
+        "optimizer", "weight_decay", "exclude_bias_and_norm", "layer_decay", "patch_embed_lr_factor",
+    ),  # fmt: skip
     "schedule": ("base_lr", "start", "end", "warmup_steps", "lr", "weight_decay"),
 }
 
@@ -65,6 +67,22 @@ def _updates(images: float | None, epochs: float | None, batch_size: int) -> int
     if images is not None:
         return int(images) // batch_size
     return None if epochs is None else "auto"
+
+
+def _epochs_in_steps(
+    wanted: float, steps: int | str | None, epochs: float | None, share: float
+) -> int:
+    """Updates of `wanted` epochs, but at most `share` of the run; that share where the run's length
+    is not given in epochs, and 100 where it has none."""
+    if not isinstance(steps, int):
+        return 100
+    return int(steps * min(share, wanted / epochs if epochs else share))
+
+
+def _scale_momentum(momentum: float, batch_size: int, published: int) -> float:
+    """The momentum of an average whose batch was `published` images, for another batch: the same
+    memory in images (Busbridge et al. 2023, "How to scale your EMA", arXiv:2307.13813)."""
+    return momentum ** (batch_size / published)
 
 
 def _devices(batch_size: int, images_per_device: int | None) -> int:
@@ -98,9 +116,12 @@ def register_resolvers() -> None:
     """Make the resolvers that `conf/` uses known to OmegaConf (idempotent)."""
     resolvers = {
         "scale_lr": lambda base, batch_size: base * batch_size / 256,
+        "scale_lr_sqrt": lambda base, batch_size: base * math.sqrt(batch_size / 1024),
+        "scale_momentum": _scale_momentum,
         "multiply": lambda a, b: a * b,
         "updates": _updates,
         "warmup": lambda steps, share: int(steps * share) if isinstance(steps, int) else 100,
+        "epochs_in_steps": _epochs_in_steps,
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),

@@ -36,17 +36,21 @@ from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
 from selfsight.tracking.wording import comparison, figures_text, latest_figure, numbers
 
+# What follows from the run's length, which may change, unless it was given by hand.
+FOLLOWING = (
+    "schedule.warmup_steps", "schedule.lr.warmup_steps",
+    "method.teacher_temperature_warmup_steps", "method.freeze_last_layer_steps",
+)  # fmt: skip
 # What may differ when a run goes on: where and how it runs and reports, and how long.
 FREE = (
     "name", "runs_dir", "device", "deterministic", "gpus", "images", "epochs", "steps", "resume",
     "schedule.lr.steps", "schedule.weight_decay.steps",
-    "schedule.warmup_steps", "schedule.lr.warmup_steps", "checkpoint.", "loader.workers",
+    *FOLLOWING, "checkpoint.", "loader.workers",
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
     "recovery.", "timeouts.", "overrides",
 )  # fmt: skip
 
-WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")
 # What a run's folder may hold before the run has written its configuration.
 OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
 OWN_FILES |= {"lease.json", ".ranks"}
@@ -100,12 +104,7 @@ class Journal:
         if self.config.resume == "anyway" or not any(self.folder.checkpoints.glob("step_*")):
             return None  # a run that never saved binds nobody
         before, now = flat(OmegaConf.create(text)), flat(self.config)
-        # by default it follows from the run's length, which may change; a value given by hand binds
-        schedule = self.config.schedule
-        follows = "warmup_steps" not in schedule or OmegaConf.is_interpolation(
-            schedule, "warmup_steps"
-        )
-        free = FREE if follows else tuple(k for k in FREE if k not in WARMUP)
+        free = tuple(key for key in FREE if key not in FOLLOWING or self._follows(key))
         for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
             if before.get(key) != now.get(key) and not key.startswith(free):
                 return (
@@ -113,6 +112,12 @@ class Journal:
                     f"{now.get(key)}: choose another name=, or resume=anyway to go on regardless"
                 )
         return None
+
+    def _follows(self, key: str) -> bool:
+        """Whether the value of `key` is computed, or absent, and not given by hand."""
+        section, _, leaf = key.rpartition(".")
+        node = OmegaConf.select(self.config, section)
+        return node is None or leaf not in node or OmegaConf.is_interpolation(node, leaf)
 
     def resume(self, state: TrainState) -> None:
         """Make the run's folder, and take over its newest whole checkpoint, if there is one.
@@ -222,6 +227,8 @@ class Journal:
             f"{source.name}: {source.extent()}; {batch}; {length}; "
             f"peak lr {lr:.4g}; {world.device.type}, {c.precision}"
         )
+        if scaling := method.scaling(c.batch_size):
+            self._say(scaling)
         self._say(f"folder {self.folder.path}; {evaluation.protocol}")
         self.folder.update_summary(status="running", step=first, steps=c.steps)
         plain: Any = OmegaConf.to_container(c, resolve=True)

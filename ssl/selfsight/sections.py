@@ -193,6 +193,7 @@ class Run:
     epochs: float | None = None
     steps: Any = None
     clip_gradients: float | None = None
+    clip_per_tensor: bool = False
     sync_batchnorm_group: int | None = None
     activation_checkpointing: Any = False
     strategy: str = "ddp"

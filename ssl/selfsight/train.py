@@ -29,7 +29,7 @@ from selfsight.evals.online import OnlineEvaluation
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
-from selfsight.optim.groups import parameter_groups, set_hyperparameters
+from selfsight.optim.groups import lr_factors, parameter_groups, set_hyperparameters
 from selfsight.recovery import GO_ON, Guard, record_bad_batch
 from selfsight.runtime import (
     autocast_factory,
@@ -98,11 +98,11 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ------------------------------------------------------------------------- parallelise
     model = parallelize(
         method,
-        units=method.trunk.units(),
+        units=method.units(),
         world=world,
         syncbn_group_size=config.sync_batchnorm_group or world.size,
         activation_checkpointing=config.activation_checkpointing,
-        compile_units=method.trunk.compile_units() if config.compile else (),
+        compile_units=method.compile_units() if config.compile else (),
         strategy=config.strategy,
         precision=config.precision,
         compress_gradients=config.compress_gradients,
@@ -115,6 +115,12 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             method.named_parameters(),
             weight_decay=config.optim.weight_decay,
             exclude_bias_and_norm=config.optim.exclude_bias_and_norm,
+            lr_factors=lr_factors(
+                method.trainable_trunk,
+                method.trainable_trunk.units(),
+                decay=config.optim.layer_decay,
+                patch_embed=config.optim.patch_embed_lr_factor,
+            ),
         )
     )
     schedules = {key: build(config.schedule[key]) for key in ("lr", "weight_decay")}
@@ -243,7 +249,9 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             if scaler.is_enabled():
                 scaler.unscale_(optimizer)
             watchdog.enter("update", state.step)
-            norm = gradient_norm(optimizer, clip=config.clip_gradients)
+            norm = gradient_norm(
+                optimizer, clip=config.clip_gradients, per_tensor=config.clip_per_tensor
+            )
             bad = flags.exchange(state.step, norm.isfinite(), loss, note=whole.positions)
             set_hyperparameters(optimizer, lr=values["lr"], weight_decay=values["weight_decay"])
             optimizer.found_inf = bad
