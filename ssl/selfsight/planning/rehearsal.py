@@ -142,7 +142,10 @@ def _count(found: Rehearsal, method: nn.Module, optimizer: torch.optim.Optimizer
         found.buffers[part] = found.buffers.get(part, 0) + size(buffer)
     states: Mapping[Any, Mapping[str, Any]] = optimizer.state
     found.optimizer = sum(
-        size(value) for state in states.values() for value in state.values() if torch.is_tensor(value)
+        size(value)
+        for state in states.values()
+        for value in state.values()
+        if torch.is_tensor(value)
     )
 
 
