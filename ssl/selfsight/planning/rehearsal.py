@@ -101,8 +101,10 @@ def rehearse(
         checkpointing = activation_checkpointing
     meter, start = Meter(), time.perf_counter()
     found = Rehearsal(ranks, own, parts)
-    with rehearsed_world(ranks, per_node) as world, FakeTensorMode(), meter:
+    with torch.device("meta"):  # initialising looks at values
         method: Method = build(config.method)
+    with rehearsed_world(ranks, per_node) as world, FakeTensorMode(), meter:
+        method._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
         model = parallelize(
             method,
             units=method.trunk.units(),
