@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight import recovery
-from selfsight.config import ConfigError, flat
+from selfsight.config import ConfigError, flat, flat_tree, published
 from selfsight.data.sources.source import Source
 from selfsight.distributed import checkpoint, collectives
 from selfsight.distributed.async_save import Saver
@@ -30,11 +30,12 @@ from selfsight.report.reporter import Reporter
 from selfsight.runtime import used_memory
 from selfsight.state import TrainState
 from selfsight.tracking.console import Console, duration
+from selfsight.tracking.export import trunk_metadata
 from selfsight.tracking.folder import RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
-from selfsight.tracking.wording import comparison, figures_text, latest_figure, numbers
+from selfsight.tracking.wording import comparison, figures_text, latest_figure
 
 # What follows from the run's length, which may change, unless it was given by hand.
 FOLLOWING = (
@@ -49,6 +50,7 @@ FREE = (
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
     "recovery.", "timeouts.", "overrides",
+    "method.classes",  # counted where it is "auto"
 )  # fmt: skip
 
 # What a run's folder may hold before the run has written its configuration.
@@ -107,9 +109,11 @@ class Journal:
         free = tuple(key for key in FREE if key not in FOLLOWING or self._follows(key))
         for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
             if before.get(key) != now.get(key) and not key.startswith(free):
+                old = flat_tree(OmegaConf.to_container(OmegaConf.create(text))).get(key)
+                new = flat_tree(published(self.config)).get(key)
                 return (
-                    f"{path} was started with {key}={before.get(key)}, and now it is "
-                    f"{now.get(key)}: choose another name=, or resume=anyway to go on regardless"
+                    f"{path} was started with {key}={old}, and now it is {new}: choose "
+                    "another name=, or resume=anyway to go on regardless"
                 )
         return None
 
@@ -207,7 +211,7 @@ class Journal:
         self._open_console(first, bar=c.tracking.progress)
         if not world.main:
             return
-        self.folder.write_config(OmegaConf.to_yaml(c, resolve=True))
+        self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(published(c))))
         self.folder.write_environment(
             world_size=world.size, threads=torch.get_num_threads(), device=str(world.device)
         )
@@ -231,8 +235,7 @@ class Journal:
             self._say(scaling)
         self._say(f"folder {self.folder.path}; {evaluation.protocol}")
         self.folder.update_summary(status="running", step=first, steps=c.steps)
-        plain: Any = OmegaConf.to_container(c, resolve=True)
-        self.trackers.open(c.tracking, self.name, self.folder.path, plain, self._say)
+        self.trackers.open(c.tracking, self.name, self.folder.path, published(c), self._say)
 
     # -------------------------------------------------------------------------------- steps
 
@@ -399,7 +402,9 @@ class Journal:
         weights = whole_state_dict(state.method.trunk)
         if self.world.main:
             part = place.with_name(f".{place.name}.part")
-            write_tensors(part, weights, self._trunk_metadata(state))
+            write_tensors(
+                part, weights, trunk_metadata(self.config, state.method, self.name, state.step)
+            )
             part.replace(place)
 
     def _close(self) -> dict[str, Any]:
@@ -439,20 +444,3 @@ class Journal:
     def config_hash(self) -> str:
         bound = {k: v for k, v in flat(self.config).items() if not k.startswith(FREE)}
         return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-
-    def _trunk_metadata(self, state: TrainState) -> dict[str, str]:
-        c = self.config
-        trunk = OmegaConf.to_container(c.model.trunk, resolve=True)
-        pixels = {
-            "channels": c.pixels.channels,
-            "bits": c.pixels.bits,
-            "mean": numbers(state.method.pixel_mean),
-            "std": numbers(state.method.pixel_std),
-        }
-        return {
-            "format": "pt",
-            "trunk": json.dumps(trunk),
-            "pixels": json.dumps(pixels),
-            "run": self.name,
-            "step": str(state.step),
-        }

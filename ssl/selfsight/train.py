@@ -26,6 +26,7 @@ from selfsight.distributed.startup import check_ranks
 from selfsight.distributed.watchdog import Limits, Watchdog
 from selfsight.evals.observe import images, observe
 from selfsight.evals.online import OnlineEvaluation
+from selfsight.evals.sources import evaluation_during, run_sources
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
@@ -72,7 +73,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     stop = StopRequest(journal.folder.path / "stop" if world.main else None)
 
     # --------------------------------------------------------------------------------- data
-    source = build(config.data.train)
+    sources = run_sources(config)
+    source = sources.train
     if config.steps == "auto":
         config.steps = math.ceil(config.epochs * len(source) / config.batch_size)
     steps: int | None = config.steps
@@ -120,6 +122,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 method.trainable_trunk.units(),
                 decay=config.optim.layer_decay,
                 patch_embed=config.optim.patch_embed_lr_factor,
+                whole=config.optim.trunk_lr_factor,
             ),
         )
     )
@@ -152,19 +155,14 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         method.set_pixels(*estimate_pixels(source, config.pixels.estimate, limits, pixels))
 
     # ------------------------------------------------------- loader, evaluation, first figures
-    evaluation = OnlineEvaluation(
-        source=source,
-        bank=build(config.data.eval_train) if config.data.eval_train else None,
-        queries=build(config.data.eval_val) if config.data.eval_val else None,
-        size=config.data.eval_size,
-        limit=tuple(config.data.eval_limit),
-        neighbours=config.eval.neighbours,
-        temperature=config.eval.temperature,
-        batch_size=config.eval.batch_size,
+    evaluation = evaluation_during(
+        config,
+        sources,
         limits=limits,
         pixels=pixels,
         device=device,
         autocast=autocast,
+        folder=journal.folder.path,
     )
     eval_every = config.eval.every or (max(1, -(-steps // 5)) if steps else 1000)
     loader = Loader(
@@ -207,9 +205,10 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     def look() -> None:
         """Keep for the report what the evaluation just made shows."""
-        journal.reporter.pictures(
-            state.step, partial(images, evaluation), partial(observe, method, evaluation)
-        )
+        if isinstance(evaluation, OnlineEvaluation):
+            journal.reporter.pictures(
+                state.step, partial(images, evaluation), partial(observe, method, evaluation)
+            )
 
     watchdog = Watchdog(world, journal.folder.path, Limits(**config.timeouts))
     try:
@@ -299,7 +298,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             with clock.paused():
                 if evaluates:
                     with watchdog.within("evaluation"):
-                        journal.record_evaluation(state, evaluation.run(method))
+                        found = evaluation.run(method, last=last, step=state.step)
+                        journal.record_evaluation(state, found)
                         look()
                 if saves:
                     with watchdog.within("save"):

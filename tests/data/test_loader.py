@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from selfsight.data.decode import DecodeLimits
 from selfsight.data.ledger import Ledger
 from selfsight.data.loader import Loader
 from selfsight.data.multicrop import CropGroup, MultiCrop
@@ -357,7 +358,7 @@ def test_max_pixels_reaches_the_workers(sources):
             batch_size=BATCH,
             seed=5,
             workers=1,
-            options={"max_pixels": limit},
+            options={"limits": DecodeLimits(max_pixels=limit)},
         ) as loader:
             seen.append(take(loader, 2)[1][-1].sum().item())
     assert seen[1] > seen[0]  # more entries were passed over

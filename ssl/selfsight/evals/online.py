@@ -85,13 +85,16 @@ class OnlineEvaluation:
             )
         return f"no labels: rank and uniformity of {len(self.bank)} images"
 
-    def run(self, method: Method, *, calibrate: bool = False) -> dict[str, float]:
+    def run(
+        self, method: Method, *, calibrate: bool = False, last: bool = False, step: int = 0
+    ) -> dict[str, float]:
         """Figures of the method's trunk; nothing of the method is changed.
 
         Args:
             calibrate: Estimate BatchNorm's running statistics on bank images first, for this
                 evaluation only: a trunk fresh from its initialisation has none, and would be judged
                 below its worth.
+            last, step: for evaluations that keep the best of several states; this one does not.
         """
         with calibrated(method.trunk, self._forward(method)) if calibrate else evaluating(method):
             self.features = bank = self._extract(method, self.bank)
@@ -154,21 +157,32 @@ def evaluating(method: nn.Module) -> Iterator[None]:
 def calibrated(trunk: nn.Module, forward: Callable[[], object]) -> Iterator[None]:
     """Evaluation mode with BatchNorm statistics that `forward` has just estimated: averages over
     its batches. The former statistics are put back after."""
-    norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(n, n.momentum, {k: b.clone() for k, b in n.named_buffers()}) for n in norms]
+    kept = [(n, {k: b.clone() for k, b in n.named_buffers()}) for n in _norms(trunk)]
     with evaluating(trunk):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over batches
-            norm.train()
-        if norms:
-            forward()
-        for norm in norms:
-            norm.eval()
+        calibrate(trunk, forward)
         try:
             yield
         finally:
-            for norm, momentum, buffers in kept:
-                norm.momentum = momentum
+            for norm, buffers in kept:
                 for key, value in buffers.items():
                     norm.get_buffer(key).copy_(value)
+
+
+def calibrate(trunk: nn.Module, forward: Callable[[], object]) -> None:
+    """Set BatchNorm's running statistics to averages over the batches of `forward`; the trunk is
+    in evaluation mode before and after."""
+    norms = _norms(trunk)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+        norm.train()
+    if norms:
+        forward()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _norms(trunk: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

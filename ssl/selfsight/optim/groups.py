@@ -62,7 +62,12 @@ def parameter_groups(
 
 
 def lr_factors(
-    trunk: nn.Module, units: Sequence[nn.Module], *, decay: float = 1.0, patch_embed: float = 1.0
+    trunk: nn.Module,
+    units: Sequence[nn.Module],
+    *,
+    decay: float = 1.0,
+    patch_embed: float = 1.0,
+    whole: float = 1.0,
 ) -> dict[Parameter, float]:
     """Learning rate of each parameter of a trunk over the scheduled one.
 
@@ -75,16 +80,17 @@ def lr_factors(
         units: its blocks, in the order in which they run.
         decay: ratio of the rates of neighbouring blocks; 1 for one rate.
         patch_embed: a factor more for the patch embedding of a ViT.
+        whole: a factor more for the whole trunk: heads learn at the scheduled rate.
 
     Raises:
         ValueError: a value outside (0, 1], or a patch embedding is asked of a trunk without one.
     """
-    if not (0 < decay <= 1 and patch_embed > 0):
+    if not (0 < decay <= 1 and patch_embed > 0 and whole > 0):
         raise ValueError(
             f"optim.layer_decay={decay} must be above 0 and at most 1, and "
-            f"optim.patch_embed_lr_factor={patch_embed} above 0"
+            f"optim.patch_embed_lr_factor={patch_embed} and optim.trunk_lr_factor={whole} above 0"
         )
-    if decay == patch_embed == 1:
+    if decay == patch_embed == whole == 1:
         return {}
     number = {p: i for i, unit in enumerate(units) for p in unit.parameters()}
     named = list(trunk.named_parameters())
@@ -99,7 +105,7 @@ def lr_factors(
         outside = len(units) if place > last else -1
         layer = number.get(parameter, outside)
         factor = patch_embed if name.startswith(PATCH_EMBEDDING) else 1.0
-        found[parameter] = factor * decay ** (len(units) - layer)
+        found[parameter] = whole * factor * decay ** (len(units) - layer)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,8 @@ class Source(ABC):
         pieces: parts that each shard is cut into.
         grows: whether shards may be added while a run goes on.
         founders: of a list that has grown, the number of shards it began with.
+        label_sets: where an image may have several classes: index -> int8 (classes,), 1 where it
+            shows the class, 0 where not, -1 where it is not judged; else None.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Source(ABC):
     pieces: int = 1
     grows: bool = False
     founders: int | None = None
+    label_sets: Callable[[int], np.ndarray] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -79,6 +83,10 @@ class Source(ABC):
     def key(self, index: int) -> str:
         """The name of image `index` without reading it, for reports of one that fails."""
         return str(index)
+
+    def labels(self) -> np.ndarray | None:
+        """int64 labels of all images, -1 for none, where they are known without reading images."""
+        return None
 
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
         """Set the attributes of `per_process`: when built, and in each process that gets it."""
