@@ -3,7 +3,7 @@
     python benchmarks/planning.py [--out FILE] [NAME ...]
 
 Memory: the peak of a rehearsal (shapes only) beside the bytes of all tensors alive at the peak of a
-real update, counted by the same meter. """
+real update, counted by the same meter."""
 
 import argparse
 import json
@@ -15,31 +15,23 @@ from selfsight.config import check
 from selfsight.planning.measure import measured_peak
 from selfsight.planning.rehearsal import rehearse
 
-COMMON = ["device=cpu", "cluster.threads=1", "tracking.wandb=off", "steps=1000"]
-COMMON += ["images=null", "epochs=null", "images_per_device=null", "sync_batchnorm_group=null", "precision=fp32"]
-CONFIGS: dict[str, tuple[int, list[str]]] = {
-    "demo": (64, ["data=synthetic"]),
-    "demo, checkpointing": (64, ["data=synthetic", "activation_checkpointing=true"]),
-    "RegNetY-400MF, SGD": (
-        8,
-        ["data=folder", "model=regnety_400mf", "optim=sgd", "views.global.size=96", "views.local.size=64"],
-    ),
+COMMON = """device=cpu cluster.threads=1 tracking.wandb=off steps=1000 images=null epochs=null
+    images_per_device=null sync_batchnorm_group=null precision=fp32""".split()
+SMALL = "data=folder views.global.size=96 views.local.size=64"
+CONFIGS = {  # images of an update, and the configuration
+    "demo": (64, "data=synthetic"),
+    "demo, checkpointing": (64, "data=synthetic activation_checkpointing=true"),
+    "RegNetY-400MF, SGD": (8, f"{SMALL} model=regnety_400mf optim=sgd"),
     "RegNetY-200MF, queue, bf16": (
         16,
-        ["data=folder", "model=regnety_200mf", "method.queue_length=640", "precision=bf16"],
+        "data=folder model=regnety_200mf method.queue_length=640 precision=bf16",
     ),
-    "ViT-Tiny, AdamW": (
-        8,
-        ["data=folder", "model=vit_tiny", "optim=adamw", "views.global.size=96", "views.local.size=64"],
-    ),
+    "ViT-Tiny, AdamW": (8, f"{SMALL} model=vit_tiny optim=adamw"),
     "DINO, ViT-Tiny": (
         4,
-        [
-            "data=folder", "method=dino", "model=vit_tiny", "method.head.prototypes=4096",
-            "views.global.size=96", "views.local.size=64", "views.local.count=2",
-        ],
+        f"{SMALL} method=dino model=vit_tiny method.head.prototypes=4096 views.local.count=2",
     ),
-}  # fmt: skip
+}
 
 
 def compare(overrides: list[str], images: int) -> dict[str, Any]:
@@ -66,7 +58,7 @@ def main() -> None:
     rows = {}
     for name in arguments.names or CONFIGS:
         images, overrides = CONFIGS[name]
-        rows[name] = row = compare(overrides, images)
+        rows[name] = row = compare(overrides.split(), images)
         print(
             f"{name:<32} {row['predicted'] / 1e6:9.1f} MB predicted {row['measured'] / 1e6:9.1f} "
             f"MB measured {row['error']:+.1%}",

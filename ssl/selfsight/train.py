@@ -223,7 +223,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             whole = next(stream)
             batches = whole.micro(parts)
             if state.step == 0:
-                journal.reporter.crops(list(views), whole.views)
+                journal.reporter.crops([str(group) for group in views], whole.views)
             watchdog.enter("forward and backward", state.step)
             values = {key: schedule(state.step) for key, schedule in schedules.items()}
             reseed = partial(seed_forward, config.seed, state.step, world.rank)

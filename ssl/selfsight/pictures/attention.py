@@ -1,7 +1,7 @@
 """Where a vision transformer's class token looks ("Emerging Properties in Self-Supervised Vision
 Transformers", DINO, Caron et al. 2021, section 4.2.2 and figure 3)."""
 
-from typing import Protocol, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +11,13 @@ from selfsight.trunks.trunk import Trunk
 KEPT_MASS = 0.6  # of a head's attention, inside its mask; DINO's choice
 
 
-class Attending(Protocol):
-    """What a trunk must have so that its attention can be shown."""
-
-    patch_size: int
-    prefix_tokens: int
-
-    def attention(self, images: Tensor, block: int = -1) -> Tensor: ...
-
-
-def attends(trunk: object) -> TypeGuard[Attending]:
-    """Whether a trunk has attention to show."""
+def attends(trunk: Trunk) -> bool:
+    """Whether a trunk has a class token whose attention can be shown."""
     return hasattr(trunk, "attention") and hasattr(trunk, "prefix_tokens")
 
 
 @torch.no_grad()
-def class_attention(trunk: Attending, images: Tensor) -> Tensor:
+def class_attention(trunk: Any, images: Tensor) -> Tensor:
     """Attention of the last block's class token to the patches, for normalised images (b, c, h, w):
     (b, heads, h / patch, w / patch). Each head's sums to at most 1: the rest goes to the class
     token itself and to registers."""
@@ -48,12 +39,12 @@ def mass_mask(maps: Tensor, mass: float = KEPT_MASS) -> Tensor:
 
 
 @torch.no_grad()
-def patch_features(trunk: Trunk, images: Tensor) -> Tensor:
+def patch_features(trunk: Any, images: Tensor) -> Tensor:
     """Features of places in normalised images (b, c, h, w): (b, rows, columns, width). Of a vision
     transformer the patches after the last norm, of other trunks the last feature map."""
-    if attends(trunk) and hasattr(trunk, "tokens"):
+    if attends(trunk):
         rows, columns = (side // trunk.patch_size for side in images.shape[-2:])
-        tokens: Tensor = trunk.tokens(images)  # pyright: ignore[reportAttributeAccessIssue]
+        tokens: Tensor = trunk.tokens(images)
         return tokens[:, trunk.prefix_tokens :].float().unflatten(1, (rows, columns))
     last = list(trunk.features(images).values())[-1]
     return last.float().permute(0, 2, 3, 1)

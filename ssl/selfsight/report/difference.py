@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from selfsight.build import compose
@@ -25,13 +25,13 @@ class Change:
     run: Any
 
 
-def choices(config: DictConfig | ListConfig) -> list[str]:
+def choices(config: DictConfig) -> list[str]:
     """The choices of groups (`model=...`, `recipe=...`) of a run's command line."""
     given = config.get("overrides") or []
     return [text for text in given if "." not in text.split("=")[0] and not text.startswith("~")]
 
 
-def changes(config: DictConfig | ListConfig) -> list[Change] | None:
+def changes(config: DictConfig) -> list[Change] | None:
     """The values that differ from what the run's choices of groups alone would give; None where the
     command line is not known or composes no more."""
     given = config.get("overrides")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from selfsight.config import flat
 from selfsight.report.difference import Change, changes
@@ -53,6 +53,7 @@ def read(path: Path) -> Record:
     if text is None:
         raise ValueError(f"{path} is not the folder of a run: it has no config.yaml")
     config = OmegaConf.create(text)
+    assert isinstance(config, DictConfig)
     pictures = path / PICTURES
     steps = sorted(pictures.glob("step_*.json")) if pictures.is_dir() else []
     return Record(

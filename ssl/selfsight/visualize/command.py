@@ -139,7 +139,7 @@ class _Look:
 
     def maps(self, images: Sequence[Named]) -> list[Seen]:
         """Attention, masks and components of each image."""
-        unit = self.trunk.patch_size if attention.attends(self.trunk) else 32
+        unit = getattr(self.trunk, "patch_size", 32)
         seen, features = [], []
         for name, pixels in images:
             pixels = fitted(pixels, self.settings.size, unit)
@@ -147,7 +147,7 @@ class _Look:
             inputs = self._normalised(tensor.to(self.device))
             item = Seen(name, colours.rgb(tensor[0].numpy()))
             features.append(attention.patch_features(self.trunk, inputs)[0].cpu())
-            if attention.attends(self.trunk):
+            if self.attends:
                 self._attention(item, attention.class_attention(self.trunk, inputs)[0].cpu())
             seen.append(item)
         for item, colour in zip(seen, as_colours(features), strict=True):
