@@ -15,8 +15,10 @@ from selfsight.config import check
 from selfsight.planning.measure import measured_peak
 from selfsight.planning.rehearsal import rehearse
 
-COMMON = """device=cpu cluster.threads=1 tracking.wandb=off steps=1000 images=null epochs=null
-    images_per_device=null sync_batchnorm_group=null precision=fp32""".split()
+COMMON = (
+    "device=cpu cluster.threads=1 tracking.wandb=off steps=1000 images=null epochs=null "
+    "images_per_device=null sync_batchnorm_group=null precision=fp32"
+)
 SMALL = "data=folder views.global.size=96 views.local.size=64"
 CONFIGS = {  # images of an update, and the configuration
     "demo": (64, "data=synthetic"),
@@ -36,7 +38,7 @@ CONFIGS = {  # images of an update, and the configuration
 
 def compare(overrides: list[str], images: int) -> dict[str, Any]:
     """Predicted and real peaks of one update, in bytes."""
-    config = check(compose("pretrain", [*COMMON, f"batch_size={images}", *overrides]))
+    config = check(compose("pretrain", [*COMMON.split(), f"batch_size={images}", *overrides]))
     found = rehearse(config, 1, 1)
     real = measured_peak(config, images)
     return {

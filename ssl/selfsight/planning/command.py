@@ -156,7 +156,8 @@ def _lines(
 ) -> Iterator[str]:
     micro = found.images // found.parts
     yield (
-        f"{config.batch_size:,} images an update on {made.gpus} x {device.name}: {found.images} each"
+        f"{config.batch_size:,} images an update on {made.gpus} x {device.name}: "
+        f"{found.images} each"
         + (f", in {found.parts} passes of {micro}" if found.parts > 1 else "")
         + f"; {config.precision}, {config.strategy}"
     )
@@ -180,8 +181,8 @@ def _lines(
         f"{_gb(other.activations)} {words[1]}; {micro} images a pass"
     )
     yield (
-        f"work an image     {2 * found.macs_per_image / 1e9:,.4g} GFLOP: forward, backward, and what "
-        "is computed twice"
+        f"work an image     {2 * found.macs_per_image / 1e9:,.4g} GFLOP: forward, backward, and "
+        "what is computed twice"
     )
     yield (
         f"images/s          {made.rate:,.4g} in all, {made.rate / made.gpus:,.4g} a device: "

@@ -113,7 +113,7 @@ def smallest(found: Rehearsal, other: Rehearsal, checkpointing: bool, memory: fl
     lean = min((found, other), key=lambda r: r.activations)
     on = checkpointing if lean is found else not checkpointing
     each = lean.activations / max(1, lean.images // lean.parts)
-    # Sharded, one unit of the trunk is whole at a time: the largest is about a tenth of the weights.
+    # Sharded, one unit of the trunk is whole at a time: the largest about a tenth of the weights.
     for gpus in (2**n for n in range(1, 13)):
         held = (lean.states + lean.gradients) / gpus + 0.1 * lean.weights
         if room - held >= 2 * each:

@@ -51,10 +51,10 @@ def warnings(
             "compress_gradients=bf16, or more images a device"
         )
     group = config.model.trunk.get("group_width")
-    if group and group > 8 and group % 8 and "GPU" not in device.name and "CPU" not in device.name:
+    if group and group > 8 and group % 8 and "CPU" not in device.name:
         yield (
-            f"model.trunk.group_width={group} is no multiple of 8: grouped convolutions of GPUs are "
-            "slow at such widths, and the rate may be lower"
+            f"model.trunk.group_width={group} is no multiple of 8: grouped convolutions of GPUs "
+            "are slow at such widths, and the rate may be lower"
         )
     if plan.loader_cores > 16:
         yield (

@@ -1,14 +1,16 @@
 """States that any method's run may fall into, told from its log lines and evaluations alone."""
 
+import itertools
 import statistics
 from collections.abc import Mapping
 
 from selfsight.methods.method import Verdict
 
-RECENT = 48  # log lines that a spike is measured by
-LEAST = 12  # of them, before one can be told
-SPIKE = 10.0  # robust standard deviations above their median
-JUMP = 0.15  # and at least this share of the median
+RECENT = 48  # log lines whose steps from one to the next say how much the loss varies
+LEVEL = 5  # log lines whose median is the level before a spike
+LEAST = 12  # lines before one can be told
+SPIKE = 10.0  # robust standard deviations above the level
+JUMP = 0.15  # and at least this share of it
 STARVED = 0.7  # share of the time that the loop waits for data
 FLAT_POINTS = 1.0  # k-NN must rise by so much above random initialisation
 FLAT_EVALUATIONS = 2  # after the warm-up, before that can be told
@@ -27,14 +29,16 @@ class Symptoms:
         what later ones are measured by."""
         held = self._losses
         if len(held) >= LEAST:
-            middle = statistics.median(held)
-            spread = 1.4826 * statistics.median(abs(x - middle) for x in held)
+            middle = statistics.median(held[-LEVEL:])
+            steps = [later - earlier for earlier, later in itertools.pairwise(held)]
+            centre = statistics.median(steps)  # the slope: a falling loss varies no more for it
+            spread = 1.4826 * statistics.median(abs(x - centre) for x in steps) / 2**0.5
             above = loss - middle
             if above > SPIKE * max(spread, 0.01 * abs(middle)) and above > JUMP * abs(middle):
                 return Verdict(
                     "loss spike",
-                    f"the loss is {loss:.3f}, and was {middle:.3f} (median of the last "
-                    f"{len(held)} lines)",
+                    f"the loss is {loss:.3f}, and was {middle:.3f} before (median of "
+                    f"{LEVEL} lines)",
                     "lower schedule.base_lr, lengthen the warm-up or set clip_gradients; "
                     "recovery.spike=20 goes back by itself",
                     "too large a step: the learning rate, or a batch unlike the others",

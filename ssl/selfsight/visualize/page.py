@@ -55,7 +55,7 @@ def _image(item: Seen) -> Iterable[str]:
     if heads:
         yield f"<details><summary>{len(heads) // 2} heads</summary>"
         yield _row(
-            ((name.replace("_", " "), inline(item.pictures[name], WIDTH // 2)) for name in heads)
+            (name.replace("_", " "), inline(item.pictures[name], WIDTH // 2)) for name in heads
         )
         yield "</details>"
     if item.alike:
