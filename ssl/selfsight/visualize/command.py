@@ -71,7 +71,8 @@ def visualize(arguments: Sequence[str]) -> Path:
         for name, picture in item.pictures.items():
             picture.save(place / f"{name}.png")
     path = folder / "visualize.html"
-    path.write_text(page(loaded.description, look.notices, seen, look.attends, settings.mass))
+    name = Path(subject).expanduser().resolve().name
+    path.write_text(page(name, loaded.description, look.notices, seen, look.attends, settings.mass))
     for notice in look.notices:
         print(notice, file=sys.stderr)
     print(f"{path}  ({len(seen)} images; PNG files beside it)")

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 WIDTH, SMALL = 480, 144  # pixels of a picture, and of a neighbour
 
 _STYLE = """
+p.faint { max-width: 100ch; }
 .look { display: grid; gap: 10px; margin: 0 0 10px;
-  grid-template-columns: repeat(auto-fill, minmax(min(200px, 46%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(240px, 46%), 1fr)); }
 .look.small { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
 .look img { display: block; width: 100%; border-radius: 7px; }
 .look figcaption { padding-top: 3px; overflow-wrap: anywhere; }
@@ -22,13 +23,18 @@ _STYLE = """
 
 
 def page(
-    subject: str, notices: Sequence[str], seen: Sequence[Seen], attends: bool, mass: float
+    subject: str,
+    description: str,
+    notices: Sequence[str],
+    seen: Sequence[Seen],
+    attends: bool,
+    mass: float,
 ) -> str:
     """The whole page as text."""
     body = "\n".join(
         [
             f"<h1>What {text(subject)} sees</h1>",
-            f'<p class="faint">{len(seen)} images. '
+            f'<p class="faint">{text(description)}. {len(seen)} images. '
             + (
                 "Attention is that of the last block's class token; a mask keeps the patches that "
                 f"hold {mass:.0%} of it. "
