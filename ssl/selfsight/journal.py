@@ -300,6 +300,11 @@ class Journal:
         place = "at random initialisation" if suffix else f"after step {state.step}"
         self._say(f"{figures_text(figures)} {place}")
 
+    def track(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """Send figures that other jobs have found to where the run is tracked."""
+        if self.wandb is not None and figures:
+            self.wandb.log(state.step, figures)
+
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint: it is written while training goes on. One that fails is told, and
         those before it stand."""

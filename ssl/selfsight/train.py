@@ -27,6 +27,7 @@ from selfsight.distributed.watchdog import Limits, Watchdog
 from selfsight.evals.observe import images, observe
 from selfsight.evals.online import OnlineEvaluation
 from selfsight.evals.sources import evaluation_during, run_sources
+from selfsight.evals.start import Starter
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
@@ -70,6 +71,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     journal = Journal(config, name, world)
     check_ranks(world, journal.config_hash())
     journal.open()
+    starter = Starter(journal.folder.path, config, main=world.main)
     stop = StopRequest(journal.folder.path / "stop" if world.main else None)
 
     # --------------------------------------------------------------------------------- data
@@ -305,6 +307,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)
                         journal.save(state)
+                        starter.saved(state.step)
+                        journal.track(state, starter.news())
         journal.finish_saves()
     finally:
         watchdog.close()
@@ -315,6 +319,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ---------------------------------------------------------------------------------- end
     if decision.stops:
         return journal.fail(state, decision)
-    return journal.finish(
-        state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
-    )
+    complete = not stop.agreed or state.step == steps
+    summary = journal.finish(state, method, complete=complete, reason=stop.agreed)
+    if complete:
+        starter.ended()
+    return summary

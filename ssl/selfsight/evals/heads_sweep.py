@@ -57,15 +57,15 @@ def train_heads(
         weights (H, d, classes) and biases (H, classes).
     """
     n, d = features.shape
-    device = features.device
-    lr = torch.tensor(rates, device=device).view(-1, 1, 1)
-    weight = torch.zeros(len(rates), d + 1, classes, device=device)  # the last row is the bias
+    device, heads = features.device, len(rates)
+    lr = torch.tensor(rates, device=device).repeat_interleave(classes)
+    # all heads side by side, so that an update is two matrix products; the last row is the bias
+    weight = torch.zeros(d + 1, heads * classes, device=device)
     velocity = torch.zeros_like(weight)
-    decay = torch.full((d + 1, 1), weight_decay, device=device)
-    decay[-1] = 0
     batch_size = min(batch_size, n)
     schedule = schedule or (lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     order, place = torch.randperm(n, generator=generator), 0
+    columns = torch.arange(heads, device=device) * classes
     for step in range(steps):
         if place + batch_size > n:
             order, place = torch.randperm(n, generator=generator), 0
@@ -73,13 +73,16 @@ def train_heads(
         place += batch_size
         x, y = features[rows], labels[rows]
         x = torch.cat([x, torch.ones(len(x), 1, device=device)], 1)
-        error = torch.softmax(torch.einsum("bd,hdc->hbc", x, weight), -1)
-        error[:, torch.arange(len(y), device=device), y] -= 1
-        gradient = torch.einsum("bd,hbc->hdc", x, error).div_(len(x)).add_(weight * decay)
+        error = (x @ weight).view(len(x), heads, classes).softmax(-1).flatten(1)
+        error.scatter_add_(1, y[:, None] + columns, error.new_full((len(x), heads), -1.0))
+        gradient = (x.T @ error).div_(len(x))
+        if weight_decay:
+            gradient[:-1].add_(weight[:-1], alpha=weight_decay)
         velocity.mul_(momentum).add_(gradient)
         update = gradient.add_(velocity, alpha=momentum) if nesterov else velocity
-        weight.sub_(update * (lr * schedule(step)))
-    return weight[:, :-1], weight[:, -1]
+        weight.addcmul_(update, lr, value=-schedule(step))
+    found = weight.view(d + 1, heads, classes).transpose(0, 1)
+    return found[:, :-1].contiguous(), found[:, -1].contiguous()
 
 
 @torch.no_grad()

@@ -160,6 +160,7 @@ def _write(
         "image_size": bench.transform.size,
         "precision": bench.precision,
         "seed": bench.seed,
+        "step_asked": config.step,
     }
     reporting.write_result(bench.out, content, say=bench.say, wandb=config.tracking)
 
