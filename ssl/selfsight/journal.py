@@ -302,8 +302,8 @@ class Journal:
 
     def track(self, state: TrainState, figures: Mapping[str, float]) -> None:
         """Send figures that other jobs have found to where the run is tracked."""
-        if self.wandb is not None and figures:
-            self.wandb.log(state.step, figures)
+        if figures:
+            self.trackers.log(state.step, figures)
 
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint: it is written while training goes on. One that fails is told, and
