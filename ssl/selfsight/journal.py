@@ -150,8 +150,8 @@ class Journal:
             newest = checkpoint.latest(self.folder.checkpoints, notice=self._notices.append)
         found = collectives.broadcast_json(str(newest) if newest else None)
         if found is None:
-            if self.world.main:
-                self.folder.truncate_metrics(-1)  # of a run that ended before it saved
+            if self.world.main:  # of a run that ended before it saved
+                self.folder.truncate_metrics(-1)
                 self.reporter.forget_after(-1)
             return
         with checkpoint.Reader(found, checked=True) as reader:
@@ -302,8 +302,7 @@ class Journal:
 
     def track(self, state: TrainState, figures: Mapping[str, float]) -> None:
         """Send figures that other jobs have found to where the run is tracked."""
-        if figures:
-            self.trackers.log(state.step, figures)
+        self.trackers.log(state.step, figures)
 
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint: it is written while training goes on. One that fails is told, and

@@ -42,7 +42,7 @@ class Trackers:
         )
 
     def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        if self.wandb is not None and self.tensorboard is not None:
+        if figures and self.wandb is not None and self.tensorboard is not None:
             self.wandb.log(step, figures)
             self.tensorboard.log(step, figures)
 
