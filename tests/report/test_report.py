@@ -1,4 +1,4 @@
-"""The report of real runs: one that is stopped by its verdict, and one with a vision transformer."""
+"""The report of real runs: one that its verdict ends, and one with a vision transformer."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def collapsed(tmp_path_factory):
 
 
 def test_a_run_ends_on_its_verdict(collapsed):
-    summary, folder = collapsed
+    summary, _ = collapsed
     assert summary["status"] == "failed" and summary["verdict"] == "uniform collapse"
     assert summary["step"] < 40
     (entry,) = summary["verdicts"]
@@ -97,7 +97,7 @@ def test_a_failure_is_told_once_and_ends_nothing(tmp_path):
     assert len(told) == 1 and "the run goes on" in told[0]
     Reporter(tmp_path, active=False, notice=told.append).write()
     assert len(told) == 1
-    with pytest.raises(ValueError, match="no config.yaml"):
+    with pytest.raises(ValueError, match=r"no config\.yaml"):
         write(tmp_path)
 
 
