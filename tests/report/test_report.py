@@ -118,3 +118,14 @@ def test_what_is_seen_later_is_forgotten_when_a_run_goes_back(tmp_path):
     Reporter(tmp_path, active=True, notice=print).forget_after(10)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000000.json", "step_00000010.json"]
     assert RunFolder(tmp_path).config_text() is None
+
+
+def test_evaluations_stand_in_the_page(collapsed):
+    _, folder = collapsed
+    (folder / "evals").mkdir(exist_ok=True)
+    result = {"evaluator": "knn", "main": "top1", "protocol": "k 20 <of> 5", "subject": {},
+              "data": {"name": "birds"}, "figures": {"top1": {"value": 61.25, "low": 58, "high": 64}}}  # fmt: skip
+    (folder / "evals" / "knn.birds.json").write_text(json.dumps(result))
+    (folder / "evals" / "other.json").write_text("[1]")
+    text = write(folder).read_text()
+    assert "61.25 [58, 64]" in text and "k 20 &lt;of&gt; 5" in text

@@ -254,7 +254,7 @@ class SwAV(Method):
                 f"the loss {loss:.3f} is not below ln {k} = {ln_k:.3f}: views do not predict each "
                 "other's assignments yet",
                 remedy,
-                "too low a learning rate so far, or views with too little in common",
+                "views with too little in common, or prototypes that move faster than the features",
             )
         if used < 0.1:
             return Verdict(

@@ -14,6 +14,8 @@ ASIDE = (
     "name", "runs_dir", "device", "cluster.", "tracking.", "checkpoint.", "timeouts.", "recovery.",
     "loader.", "resume", "data.", "overrides", "gpus", "eval.",
 )  # fmt: skip
+# What follows from other keys: the trunk and head stand in `model` too.
+FOLLOWING = ("method.trunk.", "method.head.", "model.trunk_parameters", "schedule.lr.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def changes(config: DictConfig) -> list[Change] | None:
     return [
         Change(key, recipe.get(key), run.get(key))
         for key in sorted({**recipe, **run})
-        if recipe.get(key) != run.get(key) and not key.startswith(ASIDE)
+        if recipe.get(key) != run.get(key) and not key.startswith(ASIDE + FOLLOWING)
     ]
 
 
@@ -58,6 +60,6 @@ def shown(value: Any) -> str:
     """A value as it is written on a command line."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
-    if value is None:
-        return "null"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -32,8 +32,13 @@ nav a:hover { text-decoration: underline; }
 .heads figure { width: 88px; }
 .heads img, .heads .t { width: 88px; height: 88px; border-radius: 5px; display: block; }
 .heads img { image-rendering: pixelated; }
-.crops { display: grid; gap: 0 26px;
+.crops, .looks { display: grid; gap: 0 26px;
   grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
+@media (min-width: 1700px) { .cards.curves {
+  grid-template-columns: repeat(auto-fill, minmax(390px, 1fr)); } }
+@media (max-width: 600px) { .crops .views img { max-width: 21%; height: auto; }
+  .crops .views .gap { width: 4px; } .heads { gap: 4px; } .heads figure { width: 31%; }
+  .heads img, .heads .t { width: 100%; height: auto; } }
 p.faint { max-width: 100ch; }
 .keys { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.4fr); gap: 3px 16px;
   font-size: .86rem; }

@@ -133,29 +133,23 @@ def _evaluations(record: Record) -> Iterator[str]:
             for when, found in rows
         ]
         yield table(("after step", *(heads[key] for key in kept)), cells)
-    done = [
-        (name, key, value)
-        for name, result in record.evaluations.items()
-        for key, value in _figures(result)
-    ]
+    done = [_evaluation(name, result) for name, result in record.evaluations.items()]
+    done = [row for row in done if row]
     if done:
-        yield table(("evaluation", "figure", "value"), done, words=(0, 1))
+        head = ("evaluation", "data", "figure", "value and 95 % interval", "how")
+        yield table(head, done, words=(0, 1, 2, 4))
 
 
-def _figures(result: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves that are numbers; {value, low, high} or alike is one, with its interval."""
-    if not isinstance(result, dict):
-        return
-    for key, value in result.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            low, high = value.get("low"), value.get("high")
-            if "value" in value and low is not None and high is not None:
-                yield name, f"{value['value']:.4g} [{low:.4g}, {high:.4g}]"
-            elif name not in ("config", "settings", "environment"):
-                yield from _figures(value, f"{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, f"{value:.4g}"
+def _evaluation(name: str, result: Any) -> tuple[str, ...] | None:
+    """A row of `evals/NAME.json`; None where the file is something else."""
+    try:
+        main, figure = result["main"], result["figures"][result["main"]]
+        value, low, high = figure["value"], figure.get("low"), figure.get("high")
+        words = f"{value:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
+        which = name if not result["subject"].get("random_init") else f"{name}, untrained"
+        return which, str(result["data"]["name"]), main, words, str(result["protocol"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _bad(record: Record) -> Iterator[str]:

@@ -131,7 +131,7 @@ def attention(record: Record) -> Iterator[str]:
             for name, picture in pictures
         ]
         rows.append(f'<div class="heads">{"".join(parts)}</div>')
-    yield f'<div class="card">{"".join(rows)}</div>'
+    yield f'<div class="card looks">{"".join(rows)}</div>'
 
 
 def crops(record: Record) -> Iterator[str]:
