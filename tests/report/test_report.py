@@ -123,8 +123,9 @@ def test_what_is_seen_later_is_forgotten_when_a_run_goes_back(tmp_path):
 def test_evaluations_stand_in_the_page(collapsed):
     _, folder = collapsed
     (folder / "evals").mkdir(exist_ok=True)
-    result = {"evaluator": "knn", "main": "top1", "protocol": "k 20 <of> 5", "subject": {},
-              "data": {"name": "birds"}, "figures": {"top1": {"value": 61.25, "low": 58, "high": 64}}}  # fmt: skip
+    figures = {"top1": {"value": 61.25, "low": 58, "high": 64}}
+    result = {"main": "top1", "protocol": "k 20 <of> 5", "subject": {}, "figures": figures}
+    result["data"] = {"name": "birds"}
     (folder / "evals" / "knn.birds.json").write_text(json.dumps(result))
     (folder / "evals" / "other.json").write_text("[1]")
     text = write(folder).read_text()
