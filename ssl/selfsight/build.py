@@ -93,6 +93,8 @@ def application(
 
     def task(config: DictConfig) -> None:
         choices = HydraConfig.get().runtime.choices
+        if "overrides" in config:
+            config.overrides = list(HydraConfig.get().overrides.task)
         words = [choices[group] for group in named_after]
         name = config.name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
         if sweeps and sweep is not None:

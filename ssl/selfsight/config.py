@@ -46,6 +46,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "cluster.kind": ("auto", "local", "slurm", "env"),
     "cluster.environment": ("strict", "anyway"),
     "cluster.gpu_request": ("node", "task", "gres"),
+    "recovery.verdict": ("go_on", "stop", "roll_back"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 

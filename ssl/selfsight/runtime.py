@@ -128,6 +128,18 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def used_memory(device: torch.device) -> float:
+    """Gigabytes (1e9 bytes): of a GPU the most that tensors held at once so far, otherwise what
+    this process holds now; 0 where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
 def refuse_too_large(method: nn.Module, world: World, *, sharded: bool = False) -> None:
     """Refuse a method (built on meta) whose weights, gradients and momentum cannot fit.
 

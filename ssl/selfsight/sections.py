@@ -166,6 +166,9 @@ class Recovery:
     """Losses that this is measured by."""
     forgiven: int = 1000
     """Good updates in a row after which the attempts are counted anew."""
+    verdict: str = "go_on"
+    """What a bad verdict (a collapse, a loss spike, ...) leads to: `go_on`, which only tells it,
+    `stop`, or `roll_back` to the checkpoint before it began."""
 
 
 @dataclass
@@ -177,6 +180,10 @@ class Tracking:
     wandb: str = "auto"
     """`auto` (where a key is configured), `online`, `offline` or `off`."""
     wandb_project: str = "selfsight"
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, under runs/NAME/tensorboard."""
+    report: bool = True
+    """Write report.html during the run, with pictures of what the trunk sees."""
 
 
 @dataclass
@@ -224,6 +231,8 @@ class Run:
     compile: bool = False
     compress_gradients: str | None = None
     resume: str = "strict"
+    overrides: Any = None
+    """The command line; written by the launch."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     loader: Loader = field(default_factory=Loader)
     pixels: Pixels = field(default_factory=Pixels)

@@ -24,6 +24,8 @@ from selfsight.distributed.parallelize import no_sync, parallelize
 from selfsight.distributed.preempt import Answer, Flags, StopRequest
 from selfsight.distributed.startup import check_ranks
 from selfsight.distributed.watchdog import Limits, Watchdog
+from selfsight.evals.observe import images, observe
+from selfsight.evals.online import OnlineEvaluation
 from selfsight.evals.sources import evaluation_during, run_sources
 from selfsight.evals.start import Starter
 from selfsight.journal import Journal
@@ -200,10 +202,18 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             stop.follow(answer.reason)
             if (kind := guard.kind(answer)) is not None:
                 record_bad_batch(journal.folder.path, answer, kind)
-            decision = guard.observe(answer)
+            found = guard.observe(answer)
             start.observe(answer)
-            if decision is not GO_ON:
+            if found is not GO_ON:
+                decision = found
                 return
+
+    def look() -> None:
+        """Keep for the report what the evaluation just made shows."""
+        if isinstance(evaluation, OnlineEvaluation):
+            journal.reporter.pictures(
+                state.step, partial(images, evaluation), partial(observe, method, evaluation)
+            )
 
     watchdog = Watchdog(world, journal.folder.path, Limits(**config.timeouts))
     try:
@@ -212,6 +222,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             found = evaluation.run(method, calibrate=not start.loaded)
             journal.record_evaluation(state, found, start.suffix)
             start.judge(found, state.step)
+            look()
         method.train()
         start.hold()
         while (steps is None or state.step < steps) and not stop.agreed:
@@ -219,6 +230,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             watchdog.enter("data", state.step)
             whole = next(stream)
             batches = whole.micro(parts)
+            if state.step == 0:
+                journal.reporter.crops([str(group) for group in views], whole.views)
             watchdog.enter("forward and backward", state.step)
             values = {key: schedule(state.step) for key, schedule in schedules.items()}
             reseed = partial(seed_forward, config.seed, state.step, world.rank)
@@ -290,12 +303,15 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 skipped.zero_()
                 clock.mark_line(stream.wait_seconds)
                 journal.record_line(state, now, figures, clock, new_skips, method)
+                decision = journal.wish(guard)
             with clock.paused():
                 if evaluates:
                     with watchdog.within("evaluation"):
                         found = evaluation.run(method, last=last, step=state.step)
                         journal.record_evaluation(state, found)
-                        decision = start.judge(found, state.step)
+                        fallen = start.judge(found, state.step)
+                        decision = decision if fallen is GO_ON else fallen
+                        look()
                 if saves:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)

@@ -20,6 +20,7 @@ from selfsight.evals.online import CALIBRATION_IMAGES, calibrate
 from selfsight.evals.settings import short_name
 from selfsight.evals.store import Transform
 from selfsight.evals.subject import Subject, load_subject, trunk_file
+from selfsight.report.reporter import Reporter
 from selfsight.runtime import autocast_factory, decode_limits, threads_per_process, usable_cores
 
 
@@ -161,6 +162,8 @@ def _write(
         "step_asked": config.step,
     }
     reporting.write_result(bench.out, content, say=bench.say, wandb=config.tracking)
+    run = bench.out.parent
+    Reporter(run, active=(run / "report.html").is_file(), notice=bench.say).write()
 
 
 def _finite(figure: dict[str, Any]) -> dict[str, Any]:

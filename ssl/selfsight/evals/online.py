@@ -65,6 +65,7 @@ class OnlineEvaluation:
             parts = [(some, list(range(len(some))))]
         self.labelled = len(parts) == 2
         read = partial(_read, size=size, limits=limits, pixels=pixels)
+        self.features: Tensor | None = None  # of the bank, as last extracted
         self.bank, self.bank_labels = read(*parts[0])
         if self.labelled:
             self.queries, self.labels = read(*parts[1])
@@ -96,7 +97,7 @@ class OnlineEvaluation:
             last, step: for evaluations that keep the best of several states; this one does not.
         """
         with calibrated(method.trunk, self._forward(method)) if calibrate else evaluating(method):
-            bank = self._extract(method, self.bank)
+            self.features = bank = self._extract(method, self.bank)
             if not self.labelled:
                 return {"rank": rankme(bank), "uniformity": uniformity(bank)}
             queries = self._extract(method, self.queries)

@@ -46,6 +46,8 @@ class Verdict:
     state: str
     sentence: str
     remedy: str = ""
+    cause: str = ""
+    """What is likely behind it."""
 
 
 class Method(nn.Module, ABC):
@@ -140,6 +142,15 @@ class Method(nn.Module, ABC):
         """What is logged, from averaged scalars and summed tensors (on the CPU)."""
         return dict(means)
 
+    def scores(self, features: Tensor) -> Tensor | None:
+        """Scores of the trunk's features (n, width) against the method's prototypes, (n, K), for
+        pictures of them; None where there are none. Called in evaluation mode, without gradient."""
+        return None
+
     def diagnose(self, figures: Mapping[str, float], now: Now) -> Verdict:
         """The state of the run in words, from the figures of one log line."""
         return Verdict("healthy", "the loss is finite")
+
+    def explain_spike(self, step: int) -> Verdict | None:
+        """What it means for this method that the loss jumped at `step`; None: nothing special."""
+        return None

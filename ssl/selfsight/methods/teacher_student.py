@@ -195,6 +195,10 @@ class TeacherStudent(Method):
         spread = -torch.special.xlogy(shares, shares).sum().item()
         return {**means, "mean_target_entropy": spread, "prototypes_used": math.exp(spread)}
 
+    def scores(self, features: Tensor) -> Tensor:
+        """The teacher's, of its first head."""
+        return next(iter(self.heads.values()))(features)
+
     def diagnose(self, figures: Mapping[str, float], now: Now) -> Verdict:
         """Name a collapse (DINO, section 5.3): targets that tell nothing apart (`uniform`: the
         entropy is ln K) or are one and the same (`one-point`: it is 0); in both the KL divergence
