@@ -41,7 +41,7 @@ FREE = (
     "schedule.warmup_steps", "schedule.lr.warmup_steps", "checkpoint.", "loader.workers",
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
-    "recovery.", "timeouts.",
+    "recovery.", "timeouts.", "trunk.guard",
 )  # fmt: skip
 
 WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")

@@ -73,7 +73,8 @@ CASES = [
     ({**VIT, "norm_eps": 1e-12}, "timm"),
     *[(node, "torchvision") for node in (REGNET, RESNET, RESNEXT, VIT, TORCHVISION)],
     *[(node, "hf") for node in (REGNET, RESNET, VIT, DINOV2, REGISTERS)],
-    *[(node, "export") for node in (REGNET, VIT)],
+    (VIT, "export"),
+    *[pytest.param(node, "export", marks=pytest.mark.slow) for node in (REGNET, VT, TIMM)],
 ]
 
 
@@ -101,7 +102,10 @@ def test_the_other_library_gives_the_same_outputs(tmp_path, node, to):
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-@pytest.mark.parametrize("node", [REGNET, REGISTERS])
+@pytest.mark.parametrize(
+    "node",
+    [REGISTERS, *[pytest.param(n, marks=pytest.mark.slow) for n in (REGNET, RESNEXT, VT, TIMM)]],
+)
 def test_onnx_for_any_number_of_images(tmp_path, node):
     ours = loaded(node)
     exported = export(ours, tmp_path / "out.onnx", "onnx")

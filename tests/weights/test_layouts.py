@@ -110,7 +110,12 @@ def test_torchvision_and_timm_regnets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("resnet18", 512), ("resnext50_32x4d", 2048), ("resnet50", 2048)]
+    ("name", "width"),
+    [
+        ("resnet18", 512),
+        pytest.param("resnext50_32x4d", 2048, marks=pytest.mark.slow),
+        pytest.param("resnet50", 2048, marks=pytest.mark.slow),
+    ],
 )
 def test_resnets_of_torchvision_swav_and_vissl(tmp_path, name, width):
     torch.manual_seed(0)
