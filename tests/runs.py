@@ -19,7 +19,7 @@ from selfsight.distributed import preempt
 from selfsight.train import pretrain
 
 ROOT = Path(__file__).parents[1]
-CLOCKS = ("images_per_second", "data_wait", "seconds")
+CLOCKS = ("images_per_second", "data_wait", "seconds", "memory_gb")
 
 REGNET = ["model=regnety_tiny", "model.trunk.depth=5", "model.trunk.w_0=8", "model.trunk.w_a=12.0"]
 REGNET += ["model.trunk.w_m=2.0", "model.trunk.group_width=8", "model.trunk.stem_width=8"]

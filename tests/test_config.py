@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from selfsight import config as configuration
 from selfsight.build import build, compose
-from selfsight.config import ConfigError, check
+from selfsight.config import ConfigError, check, flat, published
 from selfsight.signatures import signature
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +207,27 @@ def _targets(node):
             yield node
         for child in node.values():
             yield from _targets(child)
+
+
+def test_what_is_drawn_from_the_environment_is_not_written_down(monkeypatch):
+    monkeypatch.setenv("SELFSIGHT_CANARY", "canary")
+    monkeypatch.setenv("SELFSIGHT_SIZE", "24")
+    config = check(
+        compose(
+            "pretrain",
+            [
+                "tracking.wandb_project=my-${oc.env:SELFSIGHT_CANARY}",
+                "runs_dir=${tracking.wandb_project}",
+                "seed=${oc.env:SELFSIGHT_SIZE}",
+            ],
+        )
+    )
+    written = published(config)
+    assert "canary" not in str(written)
+    assert written["tracking"]["wandb_project"] == "my-${oc.env:SELFSIGHT_CANARY}"
+    assert written["seed"] == "${oc.env:SELFSIGHT_SIZE}"
+    assert flat(OmegaConf.create(written)) == flat(config)
+    assert OmegaConf.create({"a": "${oc.env:SELFSIGHT_SIZE}"}).a == "24"
 
 
 def test_build_refuses_targets_off_the_list():

@@ -10,10 +10,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -63,13 +65,15 @@ def application(
     sections: Mapping[str, str] | None = None,
     named_after: Sequence[str] = ("method", "model", "data"),
     sweep: Callable[[list[tuple[DictConfig, str]]], None] | None = None,
+    check: Callable[[DictConfig], DictConfig] | None = None,
 ) -> None:
     """Run a command: compose `conf/{name}.yaml` with the command line, check it, call `run`.
 
     `run` gets the checked configuration and the run's name: the one that is set, or the choices of
     the groups `named_after` and the time. `sections` are those that the command has beside the
     run's, as `config.check` takes them. `sweep` gets all runs of a multirun (`-m`) together, each
-    with a name of its own; without it they run one after the other. A mistake in the command line,
+    with a name of its own; without it they run one after the other. `check` replaces the check of a
+    run's configuration, for a command whose keys are others. A mistake in the command line,
     found here or later (a `ValueError`), is one sentence on stderr and exit status 2, no traceback.
     """
     # Before torch is imported: OpenMP threads that wait for each other in a loop starve the
@@ -79,21 +83,24 @@ def application(
     folder = str(conf or Path(__file__).parents[2] / "conf")
     configuration.register_resolvers()
     asks_hydra = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"} & set(sys.argv[1:])
+    check = check or partial(configuration.check, sections=sections)
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     sweeps = {"-m", "--multirun"} & set(sys.argv[1:])
     if not asks_hydra and not sweeps:
-        _or_exit(lambda: configuration.check(compose(name, overrides, folder), sections))
+        _or_exit(lambda: check(compose(name, overrides, folder)))
 
     collected: list[tuple[DictConfig, str]] = []
 
     def task(config: DictConfig) -> None:
         choices = HydraConfig.get().runtime.choices
+        if "overrides" in config:
+            config.overrides = list(HydraConfig.get().overrides.task)
         words = [choices[group] for group in named_after]
         name = config.name or "-".join([*words, time.strftime("%Y%m%d-%H%M%S")])
         if sweeps and sweep is not None:
-            _or_exit(lambda: collected.append((configuration.check(config, sections), name)))
+            _or_exit(lambda: collected.append((check(config), name)))
         else:
-            _or_exit(lambda: run(configuration.check(config, sections), name))
+            _or_exit(lambda: run(check(config), name))
 
     hydra.main(version_base="1.3", config_path=folder, config_name=name)(task)()
     if collected and sweep is not None:
@@ -112,11 +119,17 @@ def compose(name: str, overrides: list[str], folder: str | Path | None = None) -
     """
     configuration.register_resolvers()
     folder = str(folder or Path(__file__).parents[2] / "conf")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
-        try:
-            return hydra.compose(config_name=name, overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_sentence(name, overrides, error)) from None
+    # inside a command Hydra has composed that one's configuration already, and knows only one
+    hydra_of_command = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=folder):
+            try:
+                return hydra.compose(config_name=name, overrides=overrides)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(_sentence(name, overrides, error)) from None
+    finally:
+        GlobalHydra.instance().hydra = hydra_of_command
 
 
 def _sentence(name: str, overrides: list[str], error: Exception) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from selfsight.sections import Run
 from selfsight.signatures import Signature, signature
@@ -41,16 +42,25 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "pixels.bits": (8, 16),
     "loader.truncated": ("skip", "use"),
     "loader.colour": ("auto", "workers", "device"),
+    "eval.kind": ("features", "classifier"),
     "cluster.kind": ("auto", "local", "slurm", "env"),
     "cluster.environment": ("strict", "anyway"),
     "cluster.gpu_request": ("node", "task", "gres"),
+    "recovery.verdict": ("go_on", "stop", "roll_back"),
     "tracking.wandb": ("auto", "online", "offline", "off"),
 }
 
 # Sections whose keys are free of types here, with the keys their yamls may hold.
 SECTION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("name", "trunk_parameters", "trunk", "head"),
-    "optim": ("optimizer", "weight_decay", "exclude_bias_and_norm"),
+    "optim": (
+        "optimizer",
+        "weight_decay",
+        "exclude_bias_and_norm",
+        "layer_decay",
+        "patch_embed_lr_factor",
+        "trunk_lr_factor",
+    ),
     "schedule": ("base_lr", "start", "end", "warmup_steps", "lr", "weight_decay"),
 }
 
@@ -64,6 +74,22 @@ def _updates(images: float | None, epochs: float | None, batch_size: int) -> int
     if images is not None:
         return int(images) // batch_size
     return None if epochs is None else "auto"
+
+
+def _epochs_in_steps(
+    wanted: float, steps: int | str | None, epochs: float | None, share: float
+) -> int:
+    """Updates of `wanted` epochs, but at most `share` of the run; that share where the run's length
+    is not given in epochs, and 100 where it has none."""
+    if not isinstance(steps, int):
+        return 100
+    return int(steps * min(share, wanted / epochs if epochs else share))
+
+
+def _scale_momentum(momentum: float, batch_size: int, published: int) -> float:
+    """The momentum of an average whose batch was `published` images, for another batch: the same
+    memory in images (Busbridge et al. 2023, "How to scale your EMA", arXiv:2307.13813)."""
+    return momentum ** (batch_size / published)
 
 
 def _devices(batch_size: int, images_per_device: int | None) -> int:
@@ -112,12 +138,16 @@ def register_resolvers() -> None:
     """Make the resolvers that `conf/` uses known to OmegaConf (idempotent)."""
     resolvers = {
         "scale_lr": lambda base, batch_size: base * batch_size / 256,
+        "scale_lr_sqrt": lambda base, batch_size: base * math.sqrt(batch_size / 1024),
+        "scale_momentum": _scale_momentum,
         "multiply": lambda a, b: a * b,
         "updates": _updates,
         "warmup": lambda steps, share: int(steps * share) if isinstance(steps, int) else 100,
+        "epochs_in_steps": _epochs_in_steps,
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),
+        "where": lambda given, value: None if given is None else value,
         "resnet_parameters": _parameters_of("resnet"),
         "vt_parameters": _parameters_of("vt"),
         "measured_parameters": _measured("parameters"),
@@ -152,6 +182,11 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
     """Every leaf of a configuration, resolved, as {"a.b.c": value}."""
+    return flat_tree(OmegaConf.to_container(config, resolve=True))
+
+
+def flat_tree(tree: Any) -> dict[str, Any]:
+    """Every leaf of plain nested values."""
     leaves: dict[str, Any] = {}
 
     def walk(node: Any, path: str) -> None:
@@ -161,8 +196,42 @@ def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
         else:
             leaves[path] = node
 
-    walk(OmegaConf.to_container(config, resolve=True), "")
+    walk(tree, "")
     return leaves
+
+
+def published(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain resolved values, fit to be written down and sent.
+
+    A text that is drawn from the environment may be a secret: it stays as it was written,
+    `${oc.env:KEY}`.
+    """
+    drawn = False
+
+    def noting(*arguments: Any) -> Any:
+        nonlocal drawn
+        drawn = True
+        return oc.env(*arguments)
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, DictConfig):
+            return {key: value_of(node, key) for key in node}
+        return [value_of(node, index) for index in range(len(node))]
+
+    def value_of(node: Any, key: Any) -> Any:
+        nonlocal drawn
+        drawn = False
+        value = node[key]
+        if OmegaConf.is_config(value):
+            return plain(value)
+        return node._get_node(key)._value() if drawn and isinstance(value, str) else value
+
+    OmegaConf.register_new_resolver("oc.env", noting, replace=True)
+    try:
+        return plain(config)
+    finally:
+        OmegaConf.clear_resolver("oc.env")
+        OmegaConf.register_new_resolver("oc.env", oc.env)
 
 
 def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictConfig:
@@ -193,7 +262,7 @@ def check(whole: DictConfig, sections: Mapping[str, str] | None = None) -> DictC
         OmegaConf.resolve(resolved)
         OmegaConf.merge(schema, resolved)  # and of what was computed
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(first_line(error)) from None
     for key, choices in CHOICES.items():
         value = OmegaConf.select(resolved, key)
         if value not in choices:
@@ -226,7 +295,8 @@ def _known(key: str, known: Sequence[str], where: str) -> None:
         raise ConfigError(f"'{key}' is not a key of {where}{nearest(key, known)}")
 
 
-def _first_line(error: OmegaConfBaseException) -> str:
+def first_line(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says, as one sentence that begins with the key."""
     text = str(error).strip().splitlines()[0]
     key = getattr(error, "full_key", None)
     if match := re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", text):
@@ -247,13 +317,18 @@ def _check_nodes(tree: Any) -> None:
         _check_call(f"views.{name}", group or {}, signature(CROP_GROUP), exact=False)
     # the model before the method that refers to it, so that a mistake is named where it was made
     for key, child in sorted(tree.items(), key=lambda item: item[0] != "model"):
-        _check_targets(child, str(key))
+        check_targets(child, str(key))
 
 
-def _check_targets(node: Any, path: str) -> None:
+def check_targets(node: Any, path: str) -> None:
+    """Check every `_target_` node of a plain tree against what it names.
+
+    Raises:
+        ConfigError: one sentence that names the key at fault.
+    """
     if isinstance(node, list):
         for index, child in enumerate(node):
-            _check_targets(child, f"{path}[{index}]")
+            check_targets(child, f"{path}[{index}]")
     if not isinstance(node, dict):
         return
     if "_target_" in node:
@@ -267,7 +342,7 @@ def _check_targets(node: Any, path: str) -> None:
         arguments = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
         _check_call(path, arguments, found, exact=not node.get("_partial_", False))
     for key, child in node.items():
-        _check_targets(child, f"{path}.{key}")
+        check_targets(child, f"{path}.{key}")
 
 
 def _check_call(
@@ -335,8 +410,12 @@ def _check_combinations(c: DictConfig) -> None:
             "loader.colour=device works on 8-bit RGB: leave it at auto for other pixels"
         )
     crops = [int(g.get("count", 1)) for g in (c.views or {}).values()]
-    if sum(crops) < 2:
-        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least two")
+    least = 1 if c.eval.kind == "classifier" else 2  # labels stand in for a second view
+    if sum(crops) < least:
+        needs = "one crop" if least == 1 else "two"
+        raise ConfigError(f"views has {sum(crops)} crops in all: learning needs at least {needs}")
+    if len(c.eval.split) != 3 or min(c.eval.split) < 0 or abs(sum(c.eval.split) - 1) > 1e-6:
+        raise ConfigError(f"eval.split={list(c.eval.split)} must be three shares that add up to 1")
     queue = c.method.get("queue_length", 0) or 0
     if queue % c.batch_size:
         raise ConfigError(

@@ -4,8 +4,6 @@ The loop calls it at set moments and stays free of formatting. Only the main ran
 what is a collective is called by all.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight import recovery
-from selfsight.config import ConfigError, flat
+from selfsight.config import ConfigError, published
 from selfsight.data.sources.source import Source
 from selfsight.distributed import checkpoint, collectives
 from selfsight.distributed.async_save import Saver
@@ -25,29 +23,22 @@ from selfsight.distributed.lease import Lease, LeaseRefused
 from selfsight.distributed.payload import write_tensors
 from selfsight.distributed.shards import whole_state_dict
 from selfsight.methods.method import Method, Now
-from selfsight.recovery import Decision, Guard
+from selfsight.recovery import GO_ON, Decision, Guard
+from selfsight.report.reporter import Reporter
+from selfsight.runtime import used_memory
 from selfsight.state import TrainState
+from selfsight.tracking import binding
 from selfsight.tracking.console import Console, duration
+from selfsight.tracking.export import trunk_metadata
 from selfsight.tracking.folder import RunFolder
 from selfsight.tracking.judge import Judge
-from selfsight.tracking.wandb import WandbRun
+from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
-from selfsight.tracking.wording import BEGINNINGS, comparison, figures_text, latest_figure, numbers
+from selfsight.tracking.wording import BEGINNINGS, comparison, figures_text, latest_figure
 
-# What may differ when a run goes on: where and how it runs and reports, and how long.
-FREE = (
-    "name", "runs_dir", "device", "deterministic", "gpus", "images", "epochs", "steps", "resume",
-    "schedule.lr.steps", "schedule.weight_decay.steps",
-    "schedule.warmup_steps", "schedule.lr.warmup_steps", "checkpoint.", "loader.workers",
-    "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
-    "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
-    "recovery.", "timeouts.", "trunk.guard",
-)  # fmt: skip
-
-WARMUP = ("schedule.warmup_steps", "schedule.lr.warmup_steps")
 # What a run's folder may hold before the run has written its configuration.
 OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
-OWN_FILES |= {"lease.json", ".ranks"}
+OWN_FILES |= {"lease.json"}
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 
@@ -64,7 +55,9 @@ class Journal:
         self.folder = RunFolder(Path(config.runs_dir).expanduser() / name)
         self.started = time.monotonic()
         self.console: Console | None = None
-        self.wandb: WandbRun | None = None
+        self.trackers = Trackers()
+        active = world.main and config.tracking.report
+        self.reporter = Reporter(self.folder.path, active=active, notice=lambda x: self._say(x))
         self.judge = Judge(warm_until=0)
         self.line: dict[str, Any] = {}
         self.rate: float | None = None
@@ -89,26 +82,20 @@ class Journal:
         path = self.folder.path
         text = self.folder.config_text()
         if text is None:
-            found = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
+            names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
+            found = {name for name in names if not name.startswith(".")}
             if path.exists() and found - OWN_FILES:
                 return f"{path} exists and is not the folder of a run: choose another name="
             return None
         if self.config.resume == "anyway" or not any(self.folder.checkpoints.glob("step_*")):
             return None  # a run that never saved binds nobody
-        before, now = flat(OmegaConf.create(text)), flat(self.config)
-        # by default it follows from the run's length, which may change; a value given by hand binds
-        schedule = self.config.schedule
-        follows = "warmup_steps" not in schedule or OmegaConf.is_interpolation(
-            schedule, "warmup_steps"
+        if (found := binding.difference(text, self.config)) is None:
+            return None
+        key, old, new = found
+        return (
+            f"{path} was started with {key}={old}, and now it is {new}: choose another name=, or "
+            "resume=anyway to go on regardless"
         )
-        free = FREE if follows else tuple(k for k in FREE if k not in WARMUP)
-        for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
-            if before.get(key) != now.get(key) and not key.startswith(free):
-                return (
-                    f"{path} was started with {key}={before.get(key)}, and now it is "
-                    f"{now.get(key)}: choose another name=, or resume=anyway to go on regardless"
-                )
-        return None
 
     def resume(self, state: TrainState) -> None:
         """Make the run's folder, and take over its newest whole checkpoint, if there is one.
@@ -137,8 +124,9 @@ class Journal:
             newest = checkpoint.latest(self.folder.checkpoints, notice=self._notices.append)
         found = collectives.broadcast_json(str(newest) if newest else None)
         if found is None:
-            if self.world.main:
-                self.folder.truncate_metrics(-1)  # of a run that ended before it saved
+            if self.world.main:  # of a run that ended before it saved
+                self.folder.truncate_metrics(-1)
+                self.reporter.forget_after(-1)
             return
         with checkpoint.Reader(found, checked=True) as reader:
             state.restore(reader, found)
@@ -153,6 +141,7 @@ class Journal:
             )
         if self.world.main:
             self.folder.truncate_metrics(state.step)
+            self.reporter.forget_after(state.step)
 
     def notice(self, text: str) -> None:
         """Something to tell, once the console is open."""
@@ -199,7 +188,7 @@ class Journal:
         self._open_console(first, bar=c.tracking.progress)
         if not world.main:
             return
-        self.folder.write_config(OmegaConf.to_yaml(c, resolve=True))
+        self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(published(c))))
         self.folder.write_environment(
             world_size=world.size, threads=torch.get_num_threads(), device=str(world.device)
         )
@@ -219,16 +208,11 @@ class Journal:
             f"{source.name}: {source.extent()}; {batch}; {length}; "
             f"peak lr {lr:.4g}; {world.device.type}, {c.precision}"
         )
+        if scaling := method.scaling(c.batch_size):
+            self._say(scaling)
         self._say(f"folder {self.folder.path}; {evaluation.protocol}")
         self.folder.update_summary(status="running", step=first, steps=c.steps)
-        self.wandb = WandbRun(
-            mode=c.tracking.wandb,
-            project=c.tracking.wandb_project,
-            name=self.name,
-            folder=self.folder.path,
-            config=OmegaConf.to_container(c, resolve=True),  # pyright: ignore[reportArgumentType]
-            say=self._say,
-        )
+        self.trackers.open(c.tracking, self.name, self.folder.path, published(c), self._say)
 
     # -------------------------------------------------------------------------------- steps
 
@@ -252,13 +236,31 @@ class Journal:
         if not self.world.main:
             return
         line = {"step": state.step, **now.values, **figures, "skipped": state.skipped}
-        self.line, self.rate = {**line, **clock.line}, clock.images_per_second
+        memory = {"memory_gb": round(used_memory(self.world.device), 3)}
+        self.line, self.rate = {**line, **clock.line, **memory}, clock.images_per_second
         self.folder.append_metrics(self.line)
-        if self.judge.observe(method, figures, now, new_skips, updates):
-            self._say(f"step {state.step}: {self.judge.text}")
-        assert self.console is not None and self.wandb is not None
+        if self.judge.observe(method, {**figures, **clock.line}, now, new_skips, updates):
+            self._tell_verdict(state.step)
+        assert self.console is not None
         self.console.show(state.step, self.line, latest_figure(state.figures))
-        self.wandb.log(state.step, self.line)
+        self.trackers.log(state.step, self.line)
+
+    def _tell_verdict(self, step: int) -> None:
+        judge = self.judge
+        self._say(f"step {step}: {judge.text}")
+        self.folder.update_summary(**judge.summary())
+        if not judge.good:
+            self.trackers.alert(step, f"{self.name}: {judge.verdict.state}", judge.text)
+
+    def wish(self, guard: Guard) -> Decision:
+        """What the verdict of the line just recorded leads to, by `recovery.verdict`; the same on
+        all ranks. A collective, unless it leads to nothing."""
+        if guard.verdict == "go_on":
+            return GO_ON
+        judge = self.judge
+        bad = None if judge.good else [judge.verdict.state, judge.since, judge.text]
+        bad = collectives.broadcast_json(bad)
+        return GO_ON if bad is None else guard.act_on(*bad)
 
     def record_evaluation(
         self, state: TrainState, figures: Mapping[str, float], suffix: str = ""
@@ -270,10 +272,14 @@ class Journal:
             return
         self.folder.append_metrics({"step": state.step, **named})
         self.folder.update_summary(step=state.step, **state.figures)
-        assert self.wandb is not None
-        self.wandb.log(state.step, named)
+        self.trackers.log(state.step, named)
+        self.judge.evaluated(state.step, figures, initial=bool(suffix))
         place = BEGINNINGS.get(suffix, f"after step {state.step}")
         self._say(f"{figures_text(figures)} {place}")
+
+    def track(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """Send figures that other jobs have found to where the run is tracked."""
+        self.trackers.log(state.step, figures)
 
     def save(self, state: TrainState) -> None:
         """Begin a checkpoint: it is written while training goes on. One that fails is told, and
@@ -322,6 +328,8 @@ class Journal:
         if self.world.main:
             self.folder.truncate_metrics(state.step)
             self._say(f"back at step {state.step}; the batches since are skipped")
+            self.reporter.forget_after(state.step)
+        self.judge.forget(f"the run went back to step {state.step}")
         self.line = {"step": state.step}
         collectives.barrier()
 
@@ -332,7 +340,7 @@ class Journal:
         if not self.world.main:
             return {"status": "failed"}
         self._summarise(state, "failed")
-        self.folder.update_summary(verdict=decision.verdict, verdict_text=decision.text)
+        self.folder.update_summary(verdict=decision.state, verdict_text=decision.text)
         self._say(f"step {state.step}: {decision.text}")
         return self._close()
 
@@ -375,15 +383,17 @@ class Journal:
         weights = whole_state_dict(state.method.trunk)
         if self.world.main:
             part = place.with_name(f".{place.name}.part")
-            write_tensors(part, weights, self._trunk_metadata(state))
+            write_tensors(
+                part, weights, trunk_metadata(self.config, state.method, self.name, state.step)
+            )
             part.replace(place)
 
     def _close(self) -> dict[str, Any]:
         if self.lease is not None:
             self.lease.release()
         summary = self.folder.summary()
-        if self.wandb is not None:
-            self.wandb.close(summary)
+        self.trackers.close(summary)
+        self.reporter.write()
         return summary
 
     # ------------------------------------------------------------------------------ helpers
@@ -407,28 +417,10 @@ class Journal:
             seconds=round(time.monotonic() - self.started, 1),
             loss=self.line.get("loss"),
             images_per_second=self.rate,
-            verdict=self.judge.verdict.state,
-            verdict_text=self.judge.text,
+            **self.judge.summary(),
             **state.figures,
         )
+        self.reporter.write()
 
     def config_hash(self) -> str:
-        bound = {k: v for k, v in flat(self.config).items() if not k.startswith(FREE)}
-        return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-
-    def _trunk_metadata(self, state: TrainState) -> dict[str, str]:
-        c = self.config
-        trunk = OmegaConf.to_container(c.model.trunk, resolve=True)
-        pixels = {
-            "channels": c.pixels.channels,
-            "bits": c.pixels.bits,
-            "mean": numbers(state.method.pixel_mean),
-            "std": numbers(state.method.pixel_std),
-        }
-        return {
-            "format": "pt",
-            "trunk": json.dumps(trunk),
-            "pixels": json.dumps(pixels),
-            "run": self.name,
-            "step": str(state.step),
-        }
+        return binding.config_hash(self.config)

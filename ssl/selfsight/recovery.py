@@ -41,8 +41,8 @@ class Decision:
     """A sentence for the console; at `stop`, the verdict."""
     before: int = 0
     """At `roll back`: the checkpoint must not be of a later step than this."""
-    verdict: str = "not finite"
-    """At `stop`: the state of the run in a word."""
+    state: str = "not finite"
+    """At `stop`: the verdict's name."""
 
     @property
     def rolls_back(self) -> bool:
@@ -65,6 +65,8 @@ class Guard:
         spike: a loss so many robust standard deviations above the median is bad; None: none is.
         window: losses that median and spread are taken over.
         forgiven: see `attempts`.
+        verdict: what a bad state of the run leads to: nothing (`go_on`), `stop`, or `roll_back` to
+            before it began, as often as the attempts allow.
         scaling: whether a loss scaler looks for its scale by gradients that are not finite: those
             with a finite loss are then bad only once the search must have ended.
     """
@@ -77,6 +79,7 @@ class Guard:
         spike: float | None = None,
         window: int = 128,
         forgiven: int = 1000,
+        verdict: str = "go_on",
         scaling: bool = False,
     ) -> None:
         assert after >= 1
@@ -84,6 +87,7 @@ class Guard:
         assert window >= LEAST_LOSSES
         self.after, self.attempts, self.spike = after, attempts, spike
         self.window, self.forgiven, self.scaling = window, forgiven, scaling
+        self.verdict = verdict
         self.streak = 0
         self.first = 0  # update of the streak's first
         self.searching = 0  # gradients left out in a row by the scaler's search
@@ -108,10 +112,19 @@ class Guard:
             return GO_ON
         what = f"{kind} in {self.streak} updates in a row, from number {self.first} on"
         if self.used >= self.attempts:
-            return Decision("stop", self._verdict(what))
+            state = "loss spike" if kind.startswith("the loss") else "not finite"
+            return Decision("stop", self._verdict(what), state=state)
         # A checkpoint that led here before may be sick itself: go behind it, if there is one.
         before = self.first if self.target is None else min(self.first, self.target - 1)
         return Decision("roll back", f"{what}: going back", max(0, before))
+
+    def act_on(self, state: str, since: int, text: str) -> Decision:
+        """What to do about a bad state of the run, told in words since a step."""
+        if self.verdict == "go_on":
+            return GO_ON
+        if self.verdict == "roll_back" and self.used < self.attempts:
+            return Decision("roll back", f"{text}: going back", max(0, since - 1))
+        return Decision("stop", text, state=state)
 
     def kind(self, answer: Answer) -> str | None:
         """What is bad about an update; None if nothing is. It changes nothing."""

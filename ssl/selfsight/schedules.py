@@ -14,6 +14,7 @@ in SEER).
 """
 
 import math
+from collections.abc import Sequence
 
 
 def constant(step: float, *, value: float) -> float:
@@ -65,6 +66,48 @@ def warmup_cosine(
         return end
     progress = (step - warmup_steps) / (steps - warmup_steps)
     return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_steps_down(
+    step: float,
+    *,
+    start: float,
+    peak: float,
+    factor: float,
+    milestones: Sequence[float],
+    warmup_steps: float,
+    steps: int | None,
+) -> float:
+    """A line from `start` to `peak`, which is multiplied by `factor` at each of the `milestones`,
+    shares of the run (VISSL's and torchvision's steps).
+
+    Raises:
+        ValueError: `steps` is None, as in a run without end.
+    """
+    if steps is None:
+        raise ValueError("milestones are shares of the run, which needs an end: set steps")
+    # a millionth of a step forgives the rounding of 30 / 35
+    passed = sum(step + 1e-6 >= share * steps for share in milestones)
+    lowered = peak * factor**passed
+    if passed == 0:
+        return warmup_constant(step, start=start, peak=peak, warmup_steps=warmup_steps)
+    return lowered
+
+
+def warmup_exponential(
+    step: float,
+    *,
+    start: float,
+    peak: float,
+    factor: float,
+    every: float,
+    warmup_steps: float,
+) -> float:
+    """A line from `start` to `peak` over `warmup_steps`, then multiplied by `factor` after every
+    `every` steps, smoothly."""
+    if step < warmup_steps:
+        return warmup_constant(step, start=start, peak=peak, warmup_steps=warmup_steps)
+    return peak * factor ** ((step - warmup_steps) / every)
 
 
 class Plateau:

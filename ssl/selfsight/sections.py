@@ -166,6 +166,9 @@ class Recovery:
     """Losses that this is measured by."""
     forgiven: int = 1000
     """Good updates in a row after which the attempts are counted anew."""
+    verdict: str = "go_on"
+    """What a bad verdict (a collapse, a loss spike, ...) leads to: `go_on`, which only tells it,
+    `stop`, or `roll_back` to the checkpoint before it began."""
 
 
 @dataclass
@@ -177,6 +180,10 @@ class Tracking:
     wandb: str = "auto"
     """`auto` (where a key is configured), `online`, `offline` or `off`."""
     wandb_project: str = "selfsight"
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, under runs/NAME/tensorboard."""
+    report: bool = True
+    """Write report.html during the run, with pictures of what the trunk sees."""
 
 
 @dataclass
@@ -187,6 +194,17 @@ class Eval:
     temperature: float = 0.07
     batch_size: int = 256
     """Images per forward pass of the evaluation, on one device."""
+    kind: str = "features"
+    """What is evaluated: `features` of the trunk, or the `classifier` of method=supervised."""
+    split: list[float] = field(default_factory=lambda: [0.8, 0.1, 0.1])
+    """Of a classifier: shares of the images to learn from, choose by and report on, where the data
+    has no split; where it has one, the last share is learnt from too."""
+    report: Any = None
+    """What its result says beside its figures; set by launch/evaluate.py."""
+    at_end: list[str] = field(default_factory=list)
+    """Evaluations of launch/evaluate.py started when the run has ended, as jobs of their own."""
+    at_checkpoints: list[str] = field(default_factory=list)
+    """Those started for each trunk that checkpoint.keep_every exports."""
 
 
 @dataclass
@@ -206,12 +224,15 @@ class Run:
     epochs: float | None = None
     steps: Any = None
     clip_gradients: float | None = None
+    clip_per_tensor: bool = False
     sync_batchnorm_group: int | None = None
     activation_checkpointing: Any = False
     strategy: str = "ddp"
     compile: bool = False
     compress_gradients: str | None = None
     resume: str = "strict"
+    overrides: Any = None
+    """The command line; written by the launch."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     loader: Loader = field(default_factory=Loader)
     pixels: Pixels = field(default_factory=Pixels)
@@ -227,3 +248,61 @@ class Run:
     optim: Any = None
     schedule: Any = None
     data: Any = None
+
+
+@dataclass
+class Features:
+    """How an evaluation extracts features, and keeps them."""
+
+    folder: str | None = None
+    """Where they are kept; null: `features/` in the run's folder."""
+    batch_size: int = 64
+    """Images of a forward pass."""
+    workers: int | None = None
+    """Threads that decode; null: up to eight."""
+    half: bool = False
+    """Keep them in fp16."""
+    limit_train: int | None = None
+    """At most so many images, evenly spaced."""
+    limit_test: int | None = None
+
+
+@dataclass
+class EvaluationLoader:
+    """What of `Loader` an evaluation needs."""
+
+    max_pixels: int = 100_000_000
+    max_bytes: int = 100_000_000
+    max_side: int = 65_535
+    truncated: str = "skip"
+    min_decoded: float = 0.5
+
+
+@dataclass
+class Evaluation:
+    """Everything a command of launch/evaluate.py is, apart from what `_target_` nodes build."""
+
+    eval: Any = None
+    run: str | None = None
+    step: int | None = None
+    trunk: str | None = None
+    random_init: bool = False
+    name: str | None = None
+    runs_dir: str = "runs"
+    out: str | None = None
+    data_name: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    image_size: int | None = None
+    resize: int | None = None
+    wait: bool = True
+    features: Features = field(default_factory=Features)
+    loader: EvaluationLoader = field(default_factory=EvaluationLoader)
+    cluster: Cluster = field(default_factory=Cluster)
+    tracking: Tracking = field(default_factory=Tracking)
+    data: Any = None
+    batch_size: int = 64
+    images_per_device: int | None = None
+    gpus: int = 1
+    resume: str = "anyway"

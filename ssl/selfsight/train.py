@@ -24,11 +24,14 @@ from selfsight.distributed.parallelize import no_sync, parallelize
 from selfsight.distributed.preempt import Answer, Flags, StopRequest
 from selfsight.distributed.startup import check_ranks
 from selfsight.distributed.watchdog import Limits, Watchdog
+from selfsight.evals.observe import images, observe
 from selfsight.evals.online import OnlineEvaluation
+from selfsight.evals.sources import evaluation_during, run_sources
+from selfsight.evals.start import Starter
 from selfsight.journal import Journal
 from selfsight.methods.method import Method, Now
 from selfsight.optim.gradients import gradient_norm
-from selfsight.optim.groups import parameter_groups, set_hyperparameters
+from selfsight.optim.groups import lr_factors, parameter_groups, set_hyperparameters
 from selfsight.recovery import GO_ON, Guard, record_bad_batch
 from selfsight.runtime import (
     autocast_factory,
@@ -69,10 +72,12 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     journal = Journal(config, name, world)
     check_ranks(world, journal.config_hash())
     journal.open()
+    starter = Starter(journal.folder.path, config, main=world.main)
     stop = StopRequest(journal.folder.path / "stop" if world.main else None)
 
     # --------------------------------------------------------------------------------- data
-    source = build(config.data.train)
+    sources = run_sources(config)
+    source = sources.train
     if config.steps == "auto":
         config.steps = math.ceil(config.epochs * len(source) / config.batch_size)
     steps: int | None = config.steps
@@ -89,7 +94,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     # ------------------------------------------------------------------------------- method
     with torch.device("meta"):
-        refuse_too_large(build(config.method), world)
+        refuse_too_large(build(config.method), world, sharded=config.strategy == "fsdp")
     torch.manual_seed(config.seed)
     method: Method = build(config.method)
     method.set_pixels(*known_pixels(config.pixels))
@@ -99,11 +104,11 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ------------------------------------------------------------------------- parallelise
     model = parallelize(
         method,
-        units=method.trunk.units(),
+        units=method.units(),
         world=world,
         syncbn_group_size=config.sync_batchnorm_group or world.size,
         activation_checkpointing=config.activation_checkpointing,
-        compile_units=method.trunk.compile_units() if config.compile else (),
+        compile_units=method.compile_units() if config.compile else (),
         strategy=config.strategy,
         precision=config.precision,
         compress_gradients=config.compress_gradients,
@@ -116,6 +121,13 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             method.named_parameters(),
             weight_decay=config.optim.weight_decay,
             exclude_bias_and_norm=config.optim.exclude_bias_and_norm,
+            lr_factors=lr_factors(
+                method.trainable_trunk,
+                method.trainable_trunk.units(),
+                decay=config.optim.layer_decay,
+                patch_embed=config.optim.patch_embed_lr_factor,
+                whole=config.optim.trunk_lr_factor,
+            ),
         )
     )
     schedules = {key: build(config.schedule[key]) for key in ("lr", "weight_decay")}
@@ -147,19 +159,14 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         method.set_pixels(*estimate_pixels(source, config.pixels.estimate, limits, pixels))
 
     # ------------------------------------------------------- loader, evaluation, first figures
-    evaluation = OnlineEvaluation(
-        source=source,
-        bank=build(config.data.eval_train) if config.data.eval_train else None,
-        queries=build(config.data.eval_val) if config.data.eval_val else None,
-        size=config.data.eval_size,
-        limit=tuple(config.data.eval_limit),
-        neighbours=config.eval.neighbours,
-        temperature=config.eval.temperature,
-        batch_size=config.eval.batch_size,
+    evaluation = evaluation_during(
+        config,
+        sources,
         limits=limits,
         pixels=pixels,
         device=device,
         autocast=autocast,
+        folder=journal.folder.path,
     )
     eval_every = config.eval.every or (max(1, -(-steps // 5)) if steps else 1000)
     loader = Loader(
@@ -195,10 +202,18 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             stop.follow(answer.reason)
             if (kind := guard.kind(answer)) is not None:
                 record_bad_batch(journal.folder.path, answer, kind)
-            decision = guard.observe(answer)
+            found = guard.observe(answer)
             start.observe(answer)
-            if decision is not GO_ON:
+            if found is not GO_ON:
+                decision = found
                 return
+
+    def look() -> None:
+        """Keep for the report what the evaluation just made shows."""
+        if isinstance(evaluation, OnlineEvaluation):
+            journal.reporter.pictures(
+                state.step, partial(images, evaluation), partial(observe, method, evaluation)
+            )
 
     watchdog = Watchdog(world, journal.folder.path, Limits(**config.timeouts))
     try:
@@ -207,6 +222,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             found = evaluation.run(method, calibrate=not start.loaded)
             journal.record_evaluation(state, found, start.suffix)
             start.judge(found, state.step)
+            look()
         method.train()
         start.hold()
         while (steps is None or state.step < steps) and not stop.agreed:
@@ -214,6 +230,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             watchdog.enter("data", state.step)
             whole = next(stream)
             batches = whole.micro(parts)
+            if state.step == 0:
+                journal.reporter.crops([str(group) for group in views], whole.views)
             watchdog.enter("forward and backward", state.step)
             values = {key: schedule(state.step) for key, schedule in schedules.items()}
             reseed = partial(seed_forward, config.seed, state.step, world.rank)
@@ -239,7 +257,9 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             if scaler.is_enabled():
                 scaler.unscale_(optimizer)
             watchdog.enter("update", state.step)
-            norm = gradient_norm(optimizer, clip=config.clip_gradients)
+            norm = gradient_norm(
+                optimizer, clip=config.clip_gradients, per_tensor=config.clip_per_tensor
+            )
             bad = flags.exchange(state.step, norm.isfinite(), loss, note=whole.positions)
             set_hyperparameters(optimizer, lr=values["lr"], weight_decay=values["weight_decay"])
             optimizer.found_inf = bad
@@ -283,16 +303,21 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 skipped.zero_()
                 clock.mark_line(stream.wait_seconds)
                 journal.record_line(state, now, figures, clock, new_skips, method)
+                decision = journal.wish(guard)
             with clock.paused():
                 if evaluates:
                     with watchdog.within("evaluation"):
-                        found = evaluation.run(method)
+                        found = evaluation.run(method, last=last, step=state.step)
                         journal.record_evaluation(state, found)
-                        decision = start.judge(found, state.step)
+                        fallen = start.judge(found, state.step)
+                        decision = decision if fallen is GO_ON else fallen
+                        look()
                 if saves:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)
                         journal.save(state)
+                        starter.saved(state.step)
+                        journal.track(state, starter.news())
             if decision.stops:
                 break
         journal.finish_saves()
@@ -305,6 +330,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     # ---------------------------------------------------------------------------------- end
     if decision.stops:
         return journal.fail(state, decision)
-    return journal.finish(
-        state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
-    )
+    complete = not stop.agreed or state.step == steps
+    summary = journal.finish(state, method, complete=complete, reason=stop.agreed)
+    if complete:
+        starter.ended()
+    return summary

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsight.optim.adamw import AdamW
 from selfsight.optim.lars import LARS
+from selfsight.optim.rmsprop import RMSprop
 from selfsight.optim.sgd import SGD
 
 CONF = Path(__file__).parents[2] / "conf" / "optim"
-KINDS = [LARS, SGD, AdamW]
+KINDS = [LARS, SGD, AdamW, RMSprop]
 
 
 def build(kind: type, seed: int = 0) -> tuple[Optimizer, list[Parameter]]:
@@ -147,7 +148,8 @@ def test_a_step_reads_nothing_from_the_device(kind: type):
 def test_the_yaml_lists_every_argument(name: str):
     """All but the rate and the decay, which the loop and the groups set."""
     node = OmegaConf.load(CONF / f"{name}.yaml")
-    assert set(node) == {"weight_decay", "exclude_bias_and_norm", "optimizer"}
+    rates = {"layer_decay", "patch_embed_lr_factor"}
+    assert set(node) == {"weight_decay", "exclude_bias_and_norm", "optimizer", *rates}
     optimizer = dict(node.optimizer)
     module, _, attribute = optimizer.pop("_target_").rpartition(".")
     kind = getattr(importlib.import_module(module), attribute)

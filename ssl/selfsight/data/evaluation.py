@@ -26,7 +26,6 @@ def read_images(
     resize: int | None = None,
     workers: int = 0,
     limits: DecodeLimits | None = None,
-    max_pixels: int | None = None,
     pixels: PixelFormat = RGB,
 ) -> tuple[Tensor, Tensor, list[Failure]]:
     """Read the samples `indices` of a source, resized and centrally cropped to `size` pixels.
@@ -35,7 +34,6 @@ def read_images(
     as is usual on ImageNet, and the central square is taken. An image whose shorter side is below
     that is enlarged no further than the square needs: 32-pixel images at size 32 are left as they
     are. `workers` threads decode side by side; the result does not depend on their number.
-    `max_pixels` stands for limits with that one alone changed.
 
     Returns:
         uint8 or uint16 (n, C, size, size) by the format of `pixels`, int64 labels (n,) with -1 for
@@ -45,22 +43,13 @@ def read_images(
     shorter = round(size * 256 / 224) if resize is None else resize
     if shorter < size:
         raise ValueError(f"evaluation cannot crop {size} pixels from images resized to {shorter}.")
-    if limits is None and max_pixels is not None:
-        limits = DecodeLimits(max_pixels=max_pixels)
 
     def one(index: int) -> tuple[np.ndarray, int] | Failure:
-        key = None
-        try:
-            record = source.read(index)
-            key, data = record.key, record.data
-            if isinstance(data, bytes):
-                image = Encoded(data, limits, pixels).decode()
-            else:
-                image = from_array(data, pixels)
-        except (DecodeError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            return Failure(source.name, source.key(index) if key is None else key, reason, index)
-        return central_square(image, size, shorter), -1 if record.label is None else record.label
+        found = read_pixels(source, index, limits, pixels)
+        if isinstance(found, Failure):
+            return found
+        image, label = found
+        return central_square(image, size, shorter), -1 if label is None else label
 
     if workers:
         with ThreadPoolExecutor(workers) as pool:
@@ -74,6 +63,22 @@ def read_images(
         target.copy_(torch.from_numpy(image).permute(2, 0, 1))
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
     return images, labels, [result for result in results if isinstance(result, Failure)]
+
+
+def read_pixels(
+    source: Source, index: int, limits: DecodeLimits | None, pixels: PixelFormat
+) -> tuple[np.ndarray, int | None] | Failure:
+    """Pixels (H, W, C) and label of a sample, or why it cannot be used."""
+    key = None
+    try:
+        record = source.read(index)
+        key, data = record.key, record.data
+        if isinstance(data, bytes):
+            return Encoded(data, limits, pixels).decode(), record.label
+        return from_array(data, pixels), record.label
+    except (DecodeError, OSError) as error:
+        reason = str(error) or type(error).__name__
+        return Failure(source.name, source.key(index) if key is None else key, reason, index)
 
 
 def central_square(pixels: np.ndarray, size: int, shorter: int) -> np.ndarray:

@@ -258,11 +258,8 @@ class MultiCrop:
         epoch: int,
         key: str,
         limits: DecodeLimits | None = None,
-        max_pixels: int | None = None,
     ) -> list[View]:
         """Write all views of one sample (encoded, or pixels) into `outs`; gives their plans.
-
-        `max_pixels` stands for limits with that one alone changed.
 
         Raises:
             DecodeError: the sample cannot be used.
@@ -272,8 +269,6 @@ class MultiCrop:
             views = self.plan(seed, epoch, key, pixels.shape[1], pixels.shape[0])
             self.render(pixels, views, outs)
             return views
-        if limits is None and max_pixels is not None:
-            limits = DecodeLimits(max_pixels=max_pixels)
         image = Encoded(data, limits, self.pixels)
         views = self.plan(seed, epoch, key, image.width, image.height)
         pixels = image.decode(self.reduction(views) if self.reduced else 1)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from selfsight.data.crops import Box, planes, resize
-from selfsight.data.decode import DecodeError, DecodeLimits, Encoded
+from selfsight.data.decode import DecodeLimits
+from selfsight.data.evaluation import read_pixels
 from selfsight.data.ledger import Failure
-from selfsight.data.pixels import RGB, PixelFormat, from_array
+from selfsight.data.pixels import RGB, PixelFormat
 from selfsight.data.sources.source import Source
 
 
@@ -51,20 +52,11 @@ def pixel_statistics(
     squares = np.zeros(pixels.channels)
     used, failures = 0, []
     for index in range(len(sample)):
-        key = None
-        try:
-            record = sample.read(index)
-            key, data = record.key, record.data
-            if isinstance(data, bytes):
-                values = Encoded(data, limits, pixels).decode()
-            else:
-                values = from_array(data, pixels)
-        except (DecodeError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            key = sample.key(index) if key is None else key
-            failures.append(Failure(source.name, key, reason, index))
+        found = read_pixels(sample, index, limits, pixels)
+        if isinstance(found, Failure):
+            failures.append(found._replace(source=source.name))
             continue
-        values = _square(values, size).reshape(-1, pixels.channels) / pixels.top
+        values = _square(found[0], size).reshape(-1, pixels.channels) / pixels.top
         total += values.mean(axis=0)
         squares += (values * values).mean(axis=0)
         used += 1

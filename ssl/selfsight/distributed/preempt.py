@@ -71,8 +71,8 @@ def noted() -> str | None:
 def shielded() -> Iterator[None]:
     """Processes started within ignore USR2 and TERM for good, as a signal to a whole job demands.
 
-    Signals to this process itself are noted when it ends at the latest. (A blocked signal stays blocked over
-    fork and exec; such a child is ended by KILL, or by the end of its pipe.)
+    Signals to this process itself are noted, when it ends at the latest. (A blocked signal stays
+    blocked over fork and exec; such a child is ended by KILL, or by the end of its pipe.)
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

@@ -65,6 +65,7 @@ class OnlineEvaluation:
             parts = [(some, list(range(len(some))))]
         self.labelled = len(parts) == 2
         read = partial(_read, size=size, limits=limits, pixels=pixels)
+        self.features: Tensor | None = None  # of the bank, as last extracted
         self.bank, self.bank_labels = read(*parts[0])
         if self.labelled:
             self.queries, self.labels = read(*parts[1])
@@ -84,16 +85,19 @@ class OnlineEvaluation:
             )
         return f"no labels: rank and uniformity of {len(self.bank)} images"
 
-    def run(self, method: Method, *, calibrate: bool = False) -> dict[str, float]:
+    def run(
+        self, method: Method, *, calibrate: bool = False, last: bool = False, step: int = 0
+    ) -> dict[str, float]:
         """Figures of the method's trunk; nothing of the method is changed.
 
         Args:
             calibrate: Estimate BatchNorm's running statistics on bank images first, for this
                 evaluation only: a trunk fresh from its initialisation has none, and would be judged
                 below its worth.
+            last, step: for evaluations that keep the best of several states; this one does not.
         """
         with calibrated(method.trunk, self._forward(method)) if calibrate else evaluating(method):
-            bank = self._extract(method, self.bank)
+            self.features = bank = self._extract(method, self.bank)
             if not self.labelled:
                 return {"rank": rankme(bank), "uniformity": uniformity(bank)}
             queries = self._extract(method, self.queries)
@@ -153,21 +157,32 @@ def evaluating(method: nn.Module) -> Iterator[None]:
 def calibrated(trunk: nn.Module, forward: Callable[[], object]) -> Iterator[None]:
     """Evaluation mode with BatchNorm statistics that `forward` has just estimated: averages over
     its batches. The former statistics are put back after."""
-    norms = [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(n, n.momentum, {k: b.clone() for k, b in n.named_buffers()}) for n in norms]
+    kept = [(n, {k: b.clone() for k, b in n.named_buffers()}) for n in _norms(trunk)]
     with evaluating(trunk):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over batches
-            norm.train()
-        if norms:
-            forward()
-        for norm in norms:
-            norm.eval()
+        calibrate(trunk, forward)
         try:
             yield
         finally:
-            for norm, momentum, buffers in kept:
-                norm.momentum = momentum
+            for norm, buffers in kept:
                 for key, value in buffers.items():
                     norm.get_buffer(key).copy_(value)
+
+
+def calibrate(trunk: nn.Module, forward: Callable[[], object]) -> None:
+    """Set BatchNorm's running statistics to averages over the batches of `forward`; the trunk is
+    in evaluation mode before and after."""
+    norms = _norms(trunk)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+        norm.train()
+    if norms:
+        forward()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _norms(trunk: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in trunk.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

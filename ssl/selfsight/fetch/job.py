@@ -66,7 +66,7 @@ class FetchJob:
         on_shard: Callable[[Path], object] | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        self._settings, self._rules = settings, settings.rules()
+        self._settings, self._rules = settings, settings.rules
         self._rules.check_packages()
         self._on_shard, self._resolver = on_shard, resolver
         self._lists = UrlLists(settings.urls, settings.url_column, settings.keep_columns)
@@ -105,8 +105,7 @@ class FetchJob:
             self._reader.shutdown()
             self._progress.close()
             lock.close()
-        if self._settings.progress:
-            print(table(report), flush=True)
+        print(table(report), flush=True)
         return report
 
     async def _run(self) -> dict[str, Any]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from selfsight.fetch.rules import OPT_OUT, Rules
+from selfsight.fetch.rules import Rules
 from selfsight.signatures import signature
 
 
 @dataclass
 class Settings:
-    """Everything `launch/fetch.py` can be told; conf/fetch.yaml says what each key does.
+    """What `launch/fetch.py` is told about the job; conf/fetch.yaml says what each key does.
 
-    The keys that `Rules` has are handed to it by `rules`.
+    `rules` has the keys about how URLs are fetched.
     """
 
     urls: str | list[str] | None = None
@@ -26,27 +26,7 @@ class Settings:
     drop_repeated_images: bool = False
     max_unreachable: int | None = 1000
     progress: bool = True
-    max_bytes: int = 20_000_000
-    max_seconds: float = 60.0
-    first_byte_seconds: float = 20.0
-    max_redirects: int = 5
-    retries: int = 2
-    max_wait: float = 60.0
-    at_once: int = 128
-    at_once_per_host: int = 4
-    delay_per_host: float = 0.0
-    allow_addresses: list[str] = field(default_factory=list)
-    robots: bool = True
-    opt_out: list[str] = field(default_factory=lambda: list(OPT_OUT))
-    tdm_reservation: bool = True
-    contact: str | None = None
-
-    def rules(self) -> Rules:
-        """ValueError where a value makes no sense."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Rules)}
-        for name in ("allow_addresses", "opt_out"):
-            values[name] = tuple(values[name])
-        return Rules(**values)
+    rules: Rules = field(default_factory=Rules)
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
@@ -55,16 +35,22 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: one sentence that names the key, and the nearest known one.
     """
-    found = signature("selfsight.fetch.settings.Settings")
-    assert found is not None
+    job = signature("selfsight.fetch.settings.Settings")
+    rules = signature("selfsight.fetch.rules.Rules")
+    assert job is not None and rules is not None
+    known = [name for name in (*job.names, *rules.names) if name != "rules"]
+    own: dict[str, Any] = {}
+    manners: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in found.names:
-            near = get_close_matches(str(key), found.names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join(found.names)}."
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join(known)}."
             raise ValueError(f"there is no key '{key}': {hint}")
+        found, chosen = (rules, manners) if key in rules.names else (job, own)
         if (wanted := found.refuses(str(key), value)) is not None:
             raise ValueError(f"{key}={value!r} must be {wanted}.")
-    settings = Settings(**dict(values))
+        chosen[key] = tuple(value) if isinstance(value, list) and chosen is manners else value
+    settings = Settings(**own)
     if not settings.urls:
         raise ValueError("a list of URLs is needed: set urls=/path/to/list.parquet.")
     if not settings.out:
@@ -73,8 +59,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         raise ValueError(f"shard_size={settings.shard_size} must be at least 1.")
     if settings.max_unreachable is not None and settings.max_unreachable < 1:
         raise ValueError(f"max_unreachable={settings.max_unreachable} must be at least 1, or null.")
-    unknown = [d for d in settings.opt_out if d != d.lower() or not d.isidentifier()]
+    settings.rules = Rules(**manners)
+    unknown = [d for d in settings.rules.opt_out if d != d.lower() or not d.isidentifier()]
     if unknown:
         raise ValueError(f"opt_out has {unknown[0]!r}: it lists directives such as noai, noindex.")
-    settings.rules()
     return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -52,13 +51,6 @@ def shown(pixels: np.ndarray) -> Image.Image:
     if pixels.shape[2] < 3:
         pixels = np.repeat(pixels[:, :, :1], 3, axis=2)
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """The image as a JPEG file."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 def image_sheet(pictures: Sequence[Picture]) -> Image.Image:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from selfsight.inspection.notes import needed
+from selfsight.pages.parts import plain
 
 REASONS, FORMATS, CLASSES = 12, 12, 8  # lines at most
 UNITS = {
@@ -24,11 +25,6 @@ def number(name: str, value: float) -> str:
     if 0 < value < 0.001:
         return "< 0.001"
     return f"{value:,.0f}" if abs(value) >= 1000 else format(value, form)
-
-
-def plain(text: str) -> str:
-    """Text from strangers with nothing in it that a terminal would act on."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(report: dict[str, Any]) -> str:

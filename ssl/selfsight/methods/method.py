@@ -46,6 +46,8 @@ class Verdict:
     state: str
     sentence: str
     remedy: str = ""
+    cause: str = ""
+    """What is likely behind it."""
 
 
 class Method(nn.Module, ABC):
@@ -53,7 +55,7 @@ class Method(nn.Module, ABC):
     constructor on; no buffer may differ between ranks (DDP keeps one rank's copy)."""
 
     trunk: Trunk
-    """The trunk that evaluation and export use."""
+    """The trunk that evaluation and export use: with a teacher, the teacher's."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -78,6 +80,24 @@ class Method(nn.Module, ABC):
         floats = flat.to(torch.float32, memory_format=torch.channels_last)
         white = 255 if images.dtype == torch.uint8 else 65535
         return floats.div_(white).sub_(self.pixel_mean).div_(self.pixel_std)
+
+    @property
+    def trainable_trunk(self) -> Trunk:
+        """The trunk that the optimiser trains; with a teacher it is not the one evaluated."""
+        return self.trunk
+
+    def units(self) -> list[nn.Module]:
+        """The blocks that activation checkpointing repeats and FSDP2 shards, of all trunks."""
+        return self.trunk.units()
+
+    def compile_units(self) -> list[nn.Module]:
+        """The modules to compile, of all trunks."""
+        return self.trunk.compile_units()
+
+    def scaling(self, batch_size: int) -> str:
+        """What of the method follows from the size of the batch or the length of the run, in words
+        for the console; empty if nothing does."""
+        return ""
 
     @property
     def warmup_steps(self) -> int:
@@ -122,6 +142,15 @@ class Method(nn.Module, ABC):
         """What is logged, from averaged scalars and summed tensors (on the CPU)."""
         return dict(means)
 
+    def scores(self, features: Tensor) -> Tensor | None:
+        """Scores of the trunk's features (n, width) against the method's prototypes, (n, K), for
+        pictures of them; None where there are none. Called in evaluation mode, without gradient."""
+        return None
+
     def diagnose(self, figures: Mapping[str, float], now: Now) -> Verdict:
         """The state of the run in words, from the figures of one log line."""
         return Verdict("healthy", "the loss is finite")
+
+    def explain_spike(self, step: int) -> Verdict | None:
+        """What it means for this method that the loss jumped at `step`; None: nothing special."""
+        return None

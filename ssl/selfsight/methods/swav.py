@@ -31,6 +31,8 @@ from selfsight.losses.swapped_prediction import swapped_prediction_loss
 from selfsight.methods.method import Method, Now, Verdict
 from selfsight.trunks.trunk import Trunk
 
+QUEUE_SETTLES = 200  # updates in which a jump of the loss is laid to the queue that has joined
+
 Codes = list[Tensor]  # per prototype head: (A, b, K)
 
 
@@ -175,6 +177,9 @@ class SwAV(Method):
 
     # ------------------------------------------------------------------------------ figures
 
+    def scores(self, features: Tensor) -> Tensor:
+        return self.prototypes[0](F.normalize(self.head(features).float(), dim=-1))
+
     def _metrics(self, features: Tensor, scores: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Figures that tell health from collapse, on the device and without synchronisation."""
         entropy = -torch.special.xlogy(codes, codes).sum(-1).mean()
@@ -193,6 +198,19 @@ class SwAV(Method):
         counts = sums["prototype_counts"]
         return {**means, "prototypes_used": (counts > 0).float().mean().item()}
 
+    def explain_spike(self, step: int) -> Verdict | None:
+        """A jump as the queue joins is the queue's: its features are older than the prototypes."""
+        joined = self.queue_start_step
+        if self.queue.shape[1] and joined and joined <= step <= joined + QUEUE_SETTLES:
+            return Verdict(
+                "queue too early",
+                f"the loss jumped when the queue of {self.queue.shape[1]:,} samples joined at step "
+                f"{joined}",
+                "raise method.queue_start_step, or shorten method.queue_length",
+                "its features are older than the prototypes, which still change quickly",
+            )
+        return None
+
     def diagnose(self, figures: Mapping[str, float], now: Now) -> Verdict:
         """Name a collapse: `uniform` if assignments tell nothing apart, `one-point` if features
         are all alike. ln K is the loss and the entropy of knowing nothing."""
@@ -209,26 +227,41 @@ class SwAV(Method):
                 "one-point collapse",
                 f"all features are alike (spread {spread:.3f} of 1, {used:.0%} of prototypes used)",
                 remedy,
+                "steps too large for the head, or codes that put all samples into few prototypes",
             )
-        if loss > 0.995 * ln_k and entropy > 0.98 * ln_k:
+        stuck = loss > 0.995 * ln_k
+        if stuck and self.queue.shape[1] and now.step >= self.queue_start_step:
+            return Verdict(
+                "queue too early",
+                f"the loss {loss:.3f} is at ln {k} = {ln_k:.3f} with a queue of "
+                f"{self.queue.shape[1]:,} samples since step {self.queue_start_step}",
+                "raise method.queue_start_step until the loss has left ln K without the queue "
+                "(SwAV: epoch 15), or shorten method.queue_length",
+                "queued features of an untrained network outnumber the batch",
+            )
+        if stuck and entropy > 0.98 * ln_k:
             return Verdict(
                 "uniform collapse",
                 f"assignments are uniform: loss {loss:.3f} and assignment entropy {entropy:.3f} "
                 f"are at ln {k} = {ln_k:.3f}",
                 remedy,
+                "assignments too soft for features that are still alike, or prototypes that moved "
+                "before the features did",
             )
-        if loss > 0.995 * ln_k:
+        if stuck:
             return Verdict(
                 "not learning",
                 f"the loss {loss:.3f} is not below ln {k} = {ln_k:.3f}: views do not predict each "
                 "other's assignments yet",
                 remedy,
+                "views with too little in common, or prototypes that move faster than the features",
             )
         if used < 0.1:
             return Verdict(
                 "dead prototypes",
                 f"only {used:.0%} of prototypes are nearest to any sample",
                 "use fewer method.prototypes, or a longer method.freeze_prototypes_steps",
+                "more prototypes than the images have kinds, or than a batch has samples",
             )
         return Verdict(
             "healthy", f"loss {loss:.3f} below ln {k} = {ln_k:.3f}, {used:.0%} of prototypes used"

@@ -23,7 +23,10 @@ import torch
 
 from selfsight.tracking.revision import commit
 
-VERSIONS = ("selfsight", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "hydra-core")
+VERSIONS = (
+    "selfsight", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
+    "safetensors", "hydra-core",
+)  # fmt: skip
 
 
 class RunFolder:

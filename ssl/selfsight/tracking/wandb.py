@@ -75,6 +75,11 @@ class WandbRun:
         if self._run is not None:
             self._run.log(dict(figures), step=step)
 
+    def alert(self, title: str, text: str) -> None:
+        """Have wandb tell the user, by the ways set there."""
+        if self._run is not None:
+            self._run.alert(title=title, text=text, wait_duration=0)
+
     def close(self, summary: Mapping[str, Any]) -> None:
         if self._run is not None:
             self._run.summary.update(dict(summary))

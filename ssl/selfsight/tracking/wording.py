@@ -12,6 +12,10 @@ def numbers(values: torch.Tensor) -> list[float]:
 
 
 def latest_figure(figures: Mapping[str, Any]) -> str:
+    """The figure shown in the progress of a run."""
+    for key in ("test_top1", "top1"):
+        if key in figures:
+            return f"{figures[key]:.1f} % of {'test' if key == 'test_top1' else 'val'}"
     if "knn_top1" in figures:
         return f"k-NN {figures['knn_top1']:.1f} %"
     for suffix, word in (("_random_init", "random"), ("_start", "start")):
@@ -21,6 +25,13 @@ def latest_figure(figures: Mapping[str, Any]) -> str:
 
 
 def figures_text(figures: Mapping[str, float]) -> str:
+    """The figures of one evaluation."""
+    if "test_top1" in figures or "top1" in figures:
+        named = {"val": figures.get("top1"), "test": figures.get("test_top1")}
+        found = (f"{value:.1f} % on {part}" for part, value in named.items() if value is not None)
+        return f"accuracy {', '.join(found)}"
+    if not figures:
+        return "nothing to evaluate on yet,"
     if "knn_top1" in figures:
         return f"k-NN top-1 {figures['knn_top1']:.1f} %, rank {figures['rank']:.1f}"
     return (
@@ -37,6 +48,13 @@ BEGINNINGS = {
 
 def comparison(figures: Mapping[str, Any]) -> str:
     """The run's last line: what it ended with beside what it began with."""
+    if "test_top1" in figures:
+        return (
+            f"accuracy on test: {figures['test_top1']:.1f} %, mean over classes "
+            f"{figures['test_mean_per_class']:.1f} %"
+        )
+    if "rank" not in figures:
+        return "no evaluation"
     suffix = next(s for s in BEGINNINGS if f"rank{s}" in figures)
     where = BEGINNINGS[suffix]
     if "knn_top1" in figures:

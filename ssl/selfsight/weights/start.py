@@ -159,7 +159,7 @@ class Start:
             f"k-NN fell from {self.best:.1f} % with the weights of trunk.init to {knn:.1f} % after "
             f"step {step}: the run ends; lower schedule.base_lr, set trunk.head_warmup=true, or "
             "trunk.guard=null to go on regardless",
-            verdict="quality fell",
+            state="quality fell",
         )
 
     def state_dict(self) -> dict[str, Any]:

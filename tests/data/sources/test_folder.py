@@ -58,6 +58,14 @@ def test_a_file_that_vanished_is_an_os_error(tmp_path: Path, encode, picture):
         source.read(0)
 
 
+def test_a_file_of_gigabytes_is_not_read(tmp_path: Path):
+    with (tmp_path / "disk.jpg").open("wb") as file:
+        file.truncate(2**40)  # a hole: it takes no room
+    source = ImageFolder(str(tmp_path))
+    with pytest.raises(OSError, match=r"disk\.jpg cannot be read: its 1099511627776 bytes are no"):
+        source.read(0)
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path):
     with pytest.raises(ValueError, match=r"set data\.path="):
         ImageFolder(None)

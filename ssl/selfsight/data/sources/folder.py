@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from selfsight.data.sources.file_list import FileList, ListWriter, locked
 from selfsight.data.sources.source import IMAGE_EXTENSIONS, Record, Source
 
 _EXTENSIONS = tuple(f".{e}".encode() for e in sorted(IMAGE_EXTENSIONS))
+_MAX_BYTES = 2**30  # no image file; what a decoder may be given is limited further by the loader
 _AHEAD = 4  # folders read ahead by each thread, at each depth
 
 
@@ -74,10 +78,17 @@ class ImageFolder(Source):
     def key(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
 
+    def labels(self) -> np.ndarray | None:
+        firsts = (self._paths[index].partition(b"/") for index in range(len(self)))
+        numbers = (self._numbers.get(first, -1) if rest else -1 for first, _, rest in firsts)
+        return np.fromiter(numbers, np.int64, len(self))
+
     def read(self, index: int) -> Record:
         path = self._paths[index]
         try:
             with open(self._base + path, "rb") as file:  # noqa: PTH123 (names are bytes)
+                if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
+                    raise OSError(errno.EFBIG, f"its {size} bytes are no image")
                 data = file.read()
         except OSError as error:
             raise OSError(f"{self.key(index)} cannot be read: {error.strerror}") from None

@@ -10,6 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selfsight.data.sources.source import Record, Source
 
 _SAMPLED = 16  # rows that the fingerprint looks at
@@ -80,6 +82,12 @@ class HuggingFaceImages(Source):
 
     def key(self, index: int) -> str:
         return f"{self.split}/{index}"
+
+    def labels(self) -> np.ndarray | None:
+        if self.label_column is None:
+            return None
+        column = self._rows[self.label_column][:]
+        return np.array([-1 if x is None else max(x, -1) for x in column], np.int64)
 
     def read(self, index: int) -> Record:
         row = self._rows[index]

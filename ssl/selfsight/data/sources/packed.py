@@ -66,6 +66,9 @@ class PackedNpz(Source):
     def key(self, index: int) -> str:
         return f"{self.split}/{index}"
 
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
     def read(self, index: int) -> Record:
         with self._lock:
             packed = self._bytes

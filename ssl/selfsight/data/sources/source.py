@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,8 @@ class Source(ABC):
         pieces: parts that each shard is cut into.
         grows: whether shards may be added while a run goes on.
         founders: of a list that has grown, the number of shards it began with.
+        label_sets: where an image may have several classes: index -> int8 (classes,), 1 where it
+            shows the class, 0 where not, -1 where it is not judged; else None.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Source(ABC):
     pieces: int = 1
     grows: bool = False
     founders: int | None = None
+    label_sets: Callable[[int], np.ndarray] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -79,6 +83,10 @@ class Source(ABC):
     def key(self, index: int) -> str:
         """The name of image `index` without reading it, for reports of one that fails."""
         return str(index)
+
+    def labels(self) -> np.ndarray | None:
+        """int64 labels of all images, -1 for none, where they are known without reading images."""
+        return None
 
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to prepare)
         """Set the attributes of `per_process`: when built, and in each process that gets it."""
@@ -155,6 +163,9 @@ class Excerpt(Source):
     """At most `limit` images of another source, evenly spread, without needing its length.
 
     Of a source of large shards they come from no more than `most_shards` of these.
+
+    Raises:
+        ValueError: none of these can be opened.
     """
 
     def __init__(self, source: Source, limit: int, most_shards: int = 8) -> None:
@@ -163,16 +174,24 @@ class Excerpt(Source):
         shards, pieces = source.founders or source.shards(), source.pieces
         self._places: list[tuple[int, int, int]] = []
         chosen = min(shards, limit if source.flat else most_shards)
+        problem: OSError | None = None
+        away = 0
         for n in range(chosen):
             shard = n * shards // chosen
             share = (n + 1) * limit // chosen - n * limit // chosen
             try:
                 lengths = [source.length(shard, piece) for piece in range(pieces)]
-            except OSError:
+            except OSError as error:
+                problem = problem or error
+                away += not isinstance(error, Gone)
+                if away == 2 and not self._places:
+                    break  # the store itself, most likely: each would cost all retries
                 continue
             everything = [(shard, p, m) for p, length in enumerate(lengths) for m in range(length)]
             share = min(share, len(everything))
             self._places += [everything[k * len(everything) // share] for k in range(share)]
+        if problem is not None and not self._places:
+            raise ValueError(f"{self.name}: no shard of {shards:,} can be opened ({problem}).")
 
     def __len__(self) -> int:
         return len(self._places)

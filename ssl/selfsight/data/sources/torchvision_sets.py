@@ -16,6 +16,7 @@ from selfsight.data.sources.source import Record, Source
 # Sets in the format of MNIST (LeCun et al. 1998): torchvision wants them unpacked beside the
 # packed files, which a read-only data folder does not allow, so they are read here.
 _IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")
+_LABELS = ("targets", "_labels", "labels")  # what torchvision's sets call them
 _IDX_FILES = {"train": "train", "test": "t10k"}
 
 
@@ -82,6 +83,12 @@ class TorchvisionSet(Source):
 
     def key(self, index: int) -> str:
         return f"{self.split}/{index}"
+
+    def labels(self) -> np.ndarray | None:
+        if self._set is None:
+            return self._labels.astype(np.int64)
+        known = next((getattr(self._set, n) for n in _LABELS if hasattr(self._set, n)), None)
+        return None if known is None else np.asarray(known, np.int64)
 
     def read(self, index: int) -> Record:
         if self._set is None:

@@ -1,0 +1,226 @@
+"""One table over runs and checkpoints: markdown, csv or html."""
+
+import csv
+import html
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selfsight.evals.intervals import Figure, repeated
+from selfsight.evals.published import beside
+from selfsight.evals.reporting import read_results
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is measured: evaluator, data, and how many labels were used (None: all)."""
+
+    data: str
+    evaluator: str
+    images: str | None
+    figure: str
+
+    def __str__(self) -> str:
+        labels = f", {self.images}" if self.images else ""
+        what = "" if self.figure.startswith("top1") else f" {self.figure}"
+        return f"{self.data}: {self.evaluator}{what}{labels}"
+
+
+@dataclass
+class Cell:
+    """Results of one trunk in one column: one, or repeats."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def figure(self, name: str) -> Figure:
+        """The figure; the mean of repeats, whose interval is over them."""
+        found = [Figure(**result["figures"][name]) for result in self.results]
+        if len(found) == 1:
+            return found[0]
+        over = "subsets" if "subset" in self.results[0]["details"] else "seeds"
+        return repeated([figure.value for figure in found], over)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the evaluation, all repeats, with the extraction of features."""
+        return sum(sum(result.get("seconds", {}).values()) for result in self.results)
+
+    @property
+    def protocol(self) -> str:
+        return str(self.results[0]["protocol"])
+
+
+@dataclass
+class Table:
+    """Rows are trunks, columns are what was measured."""
+
+    rows: dict[str, dict[Column, Cell]]
+
+    @property
+    def columns(self) -> list[Column]:
+        found = {column for cells in self.rows.values() for column in cells}
+        return sorted(found, key=lambda c: (c.data, c.evaluator, c.images or "", c.figure))
+
+
+def collect(folders: Sequence[Path]) -> Table:
+    """The results of runs; a folder may also be one of results.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows: dict[str, dict[Column, Cell]] = {}
+    for folder in folders:
+        place = folder / "evals" if (folder / "evals").is_dir() else folder
+        for result in read_results(place):
+            subject, details = result["subject"], result.get("details", {})
+            step = result.get("step_asked", details.get("step"))
+            name = folder.name + (f", step {step}" if step is not None else "")
+            name += ", random initialisation" if subject.get("random_init") else ""
+            column = Column(
+                result["data"]["name"], result["evaluator"], details.get("images"), result["main"]
+            )
+            rows.setdefault(name, {}).setdefault(column, Cell()).results.append(result)
+    if not rows:
+        places = ", ".join(str(f) for f in folders[:3]) or "no folder"
+        raise ValueError(f"there are no results of evaluations in {places}: run launch/evaluate.py")
+    return Table(rows)
+
+
+def render(table: Table, form: str) -> str:
+    """The table as `md`, `csv` or `html`."""
+    return {"md": _markdown, "csv": _csv, "html": _html}[form](table)
+
+
+def _cells(table: Table) -> Iterable[tuple[str, list[str]]]:
+    for name, cells in table.rows.items():
+        texts = []
+        for column in table.columns:
+            cell = cells.get(column)
+            texts.append("" if cell is None else _text(cell, column))
+        yield name, texts
+
+
+def _text(cell: Cell, column: Column) -> str:
+    figure = cell.figure(column.figure)
+    text = f"{figure.value:.2f}"
+    if figure.low is not None and figure.high is not None:
+        text += f" [{figure.low:.1f}, {figure.high:.1f}]"
+    return text + (f" ({cell.seconds:.0f} s)" if cell.seconds else "")
+
+
+def _published(table: Table) -> list[tuple[str, str, float, str]]:
+    return [
+        (p.model, str(column), p.value, p.source)
+        for column in table.columns
+        for p in beside(column.evaluator, column.data)
+    ]
+
+
+def _protocols(table: Table) -> list[tuple[str, str]]:
+    found = []
+    for column in table.columns:
+        cell = next(cells[column] for cells in table.rows.values() if column in cells)
+        found.append((str(column), f"{cell.protocol}; interval over {_over(cell, column)}"))
+    return found
+
+
+def _over(cell: Cell, column: Column) -> str:
+    return cell.figure(column.figure).over or "nothing"
+
+
+def _markdown(table: Table) -> str:
+    head = ["trunk", *map(str, table.columns)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join([name, *texts])} |" for name, texts in _cells(table)]
+    lines += ["", "Value [95 % interval] (seconds).", ""]
+    lines += [f"- {column}: {protocol}" for column, protocol in _protocols(table)]
+    if published := _published(table):
+        lines += ["", "| published | column | value | source |", "|---|---|---|---|"]
+        lines += [f"| {m} | {c} | {v} | {s} |" for m, c, v, s in published]
+    return "\n".join(lines) + "\n"
+
+
+def _csv(table: Table) -> str:
+    file = io.StringIO()
+    out = csv.writer(file, lineterminator="\n")
+    out.writerow(("trunk", "data", "evaluator", "images", "figure", "value", "low", "high", "over",
+                  "seconds", "protocol"))  # fmt: skip
+    for name, cells in table.rows.items():
+        for column, cell in cells.items():
+            for key in cell.results[0]["figures"]:
+                f = cell.figure(key)
+                out.writerow((name, column.data, column.evaluator, column.images, key, f.value,
+                              f.low, f.high, f.over, round(cell.seconds, 1), cell.protocol))  # fmt: skip
+    for model, column, value, source in _published(table):
+        out.writerow((f"{model} (published)", column, "", "", "", value, "", "", "", "", source))
+    return file.getvalue()
+
+
+_STYLE = (
+    "body{font:14px/1.4 system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
+    "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}.best{font-weight:bold}small{color:#666}"
+)
+
+
+def _html(table: Table) -> str:
+    def row(cells: Iterable[str], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+
+    lines = [
+        f"<!doctype html><meta charset=utf-8><title>Evaluations</title><style>{_STYLE}</style>"
+    ]
+    lines += ["<table>", row(("trunk", *(html.escape(str(c)) for c in table.columns)), "th")]
+    best = {
+        column: max(
+            cells[column].figure(column.figure).value
+            for cells in table.rows.values()
+            if column in cells
+        )
+        for column in table.columns
+    }
+    for name, cells in table.rows.items():
+        texts = []
+        for column in table.columns:
+            if (cell := cells.get(column)) is None:
+                texts.append("")
+                continue
+            figure = cell.figure(column.figure)
+            value = f"{figure.value:.2f}"
+            value = f"<span class=best>{value}</span>" if figure.value == best[column] else value
+            if figure.low is not None:
+                value += f" <small>[{figure.low:.1f}, {figure.high:.1f}]</small>"
+            texts.append(f"<span title='{html.escape(cell.protocol, True)}'>{value}</span>")
+        lines.append(row((html.escape(name), *texts)))
+    lines += ["</table><p>95 % intervals; the protocol is shown over a number.</p>"]
+    if published := _published(table):
+        lines += ["<h2>Published</h2><table>", row(("model", "column", "value", "source"), "th")]
+        lines += [
+            row((html.escape(m), html.escape(c), str(v), html.escape(s)))
+            for m, c, v, s in published
+        ]
+        lines += ["</table>"]
+    return "\n".join(lines) + "\n"
+
+
+def study(folders: Sequence[Path]) -> str:
+    """What a multirun ended with, one line a run: figures of summaries, as markdown."""
+    keys = ("status", "step", "images_seen", "knn_top1_random_init", "knn_top1", "test_top1", "rank",
+            "images_per_second", "seconds", "verdict")  # fmt: skip
+    found = []
+    for folder in folders:
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+        except (OSError, ValueError):
+            summary = {"status": "not there"}
+        found.append((folder.name, summary))
+    shown = [k for k in keys if any(k in summary for _, summary in found)]
+    lines = [f"| run | {' | '.join(shown)} |", "|---|" + "---|" * len(shown)]
+    for name, summary in found:
+        values = (summary.get(k, "") for k in shown)
+        texts = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"

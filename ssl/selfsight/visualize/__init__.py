@@ -1,0 +1,1 @@
+"""Look at what a trunk sees: `launch/visualize.py`."""
