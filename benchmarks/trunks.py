@@ -73,7 +73,7 @@ def theirs(name: str) -> tuple[str, int, int] | None:
     """Whose model it is beside, its parameters and multiply-adds."""
     with torch.device("meta"):
         if name in TIMM:
-            options = {"img_size": 224} if name == "vit_giant" else {}
+            options: dict[str, Any] = {"img_size": 224} if name == "vit_giant" else {}
             model: Any = timm.create_model(TIMM[name], num_classes=0, **options)
             return f"timm {TIMM[name]}", *counted(model.eval())
         if name in TORCHVISION:

@@ -215,7 +215,12 @@ def test_torchvision_vit(tmp_path):
         right(path, theirs(images), images, "torchvision ViT")
 
 
-SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "image_size": 48, "patch_size": 16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "image_size": 48,
+    "patch_size": 16,
+}
 HUGGING_FACE = {
     "vit": lambda: transformers.ViTModel(
         transformers.ViTConfig(**SIZES, num_attention_heads=4, intermediate_size=512)
@@ -312,7 +317,7 @@ def test_a_dinov3_vit_of_meta_loads_into_timms_model(tmp_path):
     """Names of Meta's files, translated by timm's own filter."""
     from selfsight.trunks.libraries import TimmTrunk
 
-    options = {"img_size": 64, "depth": 4, "embed_dim": 96, "num_heads": 3}
+    options: dict[str, Any] = {"img_size": 64, "depth": 4, "embed_dim": 96, "num_heads": 3}
     name = "vit_small_patch16_dinov3"
     theirs: Any = timm.create_model(name, num_classes=0, **options).eval()
     published.scatter(theirs)
