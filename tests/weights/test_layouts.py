@@ -259,9 +259,8 @@ def test_hugging_face_vits_from_their_folder_and_from_memory(tmp_path, kind, for
 
 
 def test_a_hugging_face_classifier_has_its_head_listed_as_unused(tmp_path):
-    config = transformers.ViTConfig(
-        **SIZES, num_attention_heads=2, intermediate_size=512, num_labels=3
-    )
+    options = {**SIZES, "num_attention_heads": 2, "intermediate_size": 512, "num_labels": 3}
+    config = transformers.ViTConfig(**options)
     theirs = transformers.ViTForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path)
     images = torch.randn(1, 3, 48, 48)
