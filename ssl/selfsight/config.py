@@ -112,7 +112,7 @@ def _measured(what: str) -> Any:
     def measure(trunk: Mapping[str, Any]) -> int:
         from selfsight.trunks.libraries import measure
 
-        plain = (
+        plain: Any = (
             OmegaConf.to_container(trunk, resolve=True) if isinstance(trunk, DictConfig) else trunk
         )
         return measure(plain)[what]

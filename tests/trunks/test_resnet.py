@@ -88,7 +88,12 @@ def test_model_file_lists_every_argument_and_builds(path):
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("size", [(64, 64), (97, 45)])
 def test_macs_equal_what_torch_counts(block, small, size):
-    numbers = {"block": block, "depths": [1, 2, 1, 1], "widen": 2, "small_images": small}
+    numbers: dict[str, Any] = {
+        "block": block,
+        "depths": [1, 2, 1, 1],
+        "widen": 2,
+        "small_images": small,
+    }
     if block == "bottleneck":
         numbers |= {"groups": 8, "group_width": 16}
     with torch.device("meta"):

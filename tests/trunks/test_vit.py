@@ -16,6 +16,7 @@ from selfsight.trunks.geometry import vit_parameters
 from selfsight.trunks.vit import VisionTransformer
 
 MODELS = sorted((Path(__file__).parents[2] / "conf" / "model").glob("vit_*.yaml"))
+OTHERS = {"vit_huge": "vit_huge_patch14_224", "vit_giant": "vit_giant_patch14_dinov2"}
 SMALL: dict[str, Any] = {"width": 48, "depth": 8, "heads": 3, "image_size": 64, "patch_size": 8}
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -234,12 +235,15 @@ def test_model_file_lists_every_argument_and_builds(path):
     arguments["in_channels"] = 3
     with torch.device("meta"):
         trunk = VisionTransformer(**arguments)
-        theirs = timm.create_model(f"{path.stem}_patch16_224", num_classes=0)
+        name = OTHERS.get(path.stem, f"{path.stem}_patch16_224")
+        theirs = timm.create_model(name, num_classes=0, img_size=224)
     count = sum(p.numel() for p in trunk.parameters())
     assert count == vit_parameters(**arguments)
     assert f"{count:,} parameters" in path.read_text()
     assert config["head"]["widths"][0] == trunk.width
     ours, shapes = trunk.state_dict(), theirs.state_dict()
+    if arguments["mlp"] == "swiglu":  # timm has other names for the gated MLP
+        ours = {k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): ours[k] for k in ours}
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in shapes.items()}
 
 

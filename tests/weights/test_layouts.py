@@ -110,7 +110,12 @@ def test_torchvision_and_timm_regnets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("resnet18", 512), ("resnext50_32x4d", 2048), ("resnet50", 2048)]
+    ("name", "width"),
+    [
+        ("resnet18", 512),
+        pytest.param("resnext50_32x4d", 2048, marks=pytest.mark.slow),
+        pytest.param("resnet50", 2048, marks=pytest.mark.slow),
+    ],
 )
 def test_resnets_of_torchvision_swav_and_vissl(tmp_path, name, width):
     torch.manual_seed(0)
@@ -210,7 +215,12 @@ def test_torchvision_vit(tmp_path):
         right(path, theirs(images), images, "torchvision ViT")
 
 
-SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "image_size": 48, "patch_size": 16}
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "image_size": 48,
+    "patch_size": 16,
+}
 HUGGING_FACE = {
     "vit": lambda: transformers.ViTModel(
         transformers.ViTConfig(**SIZES, num_attention_heads=4, intermediate_size=512)
@@ -249,9 +259,8 @@ def test_hugging_face_vits_from_their_folder_and_from_memory(tmp_path, kind, for
 
 
 def test_a_hugging_face_classifier_has_its_head_listed_as_unused(tmp_path):
-    config = transformers.ViTConfig(
-        **SIZES, num_attention_heads=2, intermediate_size=512, num_labels=3
-    )
+    options = {**SIZES, "num_attention_heads": 2, "intermediate_size": 512, "num_labels": 3}
+    config = transformers.ViTConfig(**options)
     theirs = transformers.ViTForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path)
     images = torch.randn(1, 3, 48, 48)
@@ -307,7 +316,7 @@ def test_a_dinov3_vit_of_meta_loads_into_timms_model(tmp_path):
     """Names of Meta's files, translated by timm's own filter."""
     from selfsight.trunks.libraries import TimmTrunk
 
-    options = {"img_size": 64, "depth": 4, "embed_dim": 96, "num_heads": 3}
+    options: dict[str, Any] = {"img_size": 64, "depth": 4, "embed_dim": 96, "num_heads": 3}
     name = "vit_small_patch16_dinov3"
     theirs: Any = timm.create_model(name, num_classes=0, **options).eval()
     published.scatter(theirs)

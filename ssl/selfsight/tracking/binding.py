@@ -22,7 +22,7 @@ FREE = (
     *FOLLOWING, "checkpoint.", "loader.workers",
     "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
     "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
-    "recovery.", "timeouts.", "overrides",
+    "recovery.", "timeouts.", "overrides", "trunk.guard",
     "method.classes",  # counted where it is "auto"
 )  # fmt: skip
 

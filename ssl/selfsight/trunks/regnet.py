@@ -15,7 +15,7 @@ lacks only `fc.*`. Differences from `torchvision.models.regnet.RegNet`:
 import math
 from collections import OrderedDict
 from functools import partial
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class _PaddedConvolution(nn.Conv2d):
     only the kernel that computes it is another one, for channels in a group that suit the hardware.
     """
 
-    multiple: int
+    multiple: Any
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
         groups, group = self.groups, self.in_channels // self.groups

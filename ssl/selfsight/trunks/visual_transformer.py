@@ -17,7 +17,7 @@ Shapes: b images, C channels of the map of h x w pixels, L tokens of T channels,
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import final
+from typing import cast, final
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ class VTModule(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(b, C, h, w) and (b, T, L) to the same."""
-        tokens = self.transformer(self.tokenizer(x, tokens))
+        tokens = cast(Tensor, self.transformer(self.tokenizer(x, tokens)))
         return x if self.projector is None else self.projector(x, tokens), tokens
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy._core.multiarray as multiarray
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,8 +28,8 @@ from selfsight.distributed.payload import read_header
 
 HARMLESS: list[Any] = [
     argparse.Namespace,  # DINO's full files keep their arguments
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),
+    multiarray.scalar,
     np.dtype,
     type(np.dtype("float64")),
     type(np.dtype("float32")),

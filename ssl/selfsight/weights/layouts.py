@@ -110,10 +110,10 @@ LAYOUTS = (
     ),
 )
 # Names that tell of a ViT that ours is not, and what it has.
+_BY_NAME = ": load it by its name in timm, with model=timm model.name=NAME trunk.init=FILE"
 _FOREIGN = {
     r".*rope_embed\.periods|.*storage_tokens|embeddings\.patch_embeddings\.weight": (
-        "rotary positions (DINOv3), which this ViT lacks; load them with model=timm "
-        "model.name=vit_small_patch16_dinov3 or its like, and trunk.init"
+        "rotary positions, which this ViT lacks (DINOv3's is vit_small_patch16_dinov3 or its like)"
     ),
     r".*dist_token|.*distillation_token": "a distillation token, which this ViT lacks",
     r".*attn\.(q_norm|k_norm)\..*": "normalised queries and keys, which this ViT lacks",
@@ -149,7 +149,7 @@ def detect(file: WeightFile, prefer: str = "teacher") -> Found:
         others = {n: t for n, t in plain.items() if not n.startswith(prefix)}
         return _found(file, layout, inner, others, prefix, prefixes)
     if foreign := _foreign(plain):
-        raise WeightsError(f"{file.path} is a ViT with {foreign}")
+        raise WeightsError(f"{file.path} is a ViT with {foreign}{_BY_NAME}")
     if any(name.endswith("stem.0.weight") or ".block1-0." in name for name in plain):
         raise WeightsError(f"{file.path} is a part of a RegNet: its stem or first block is missing")
     shown = ", ".join(list(plain)[:3])
@@ -228,7 +228,7 @@ def _found(
 ) -> Found:
     notes = [f"of {len(prefixes)} trunks, {prefix.rstrip('.')}"] if len(prefixes) > 1 else []
     if layout.family == "vit" and (foreign := _foreign(inner)):
-        raise WeightsError(f"{file.path} is a ViT with {foreign}")
+        raise WeightsError(f"{file.path} is a ViT with {foreign}{_BY_NAME}")
     tensors = layout.translate(inner)
     taken = {id(t) for t in tensors.values()}
     rest = {n: t for n, t in inner.items() if id(t) not in taken and not _consumed(n, layout)}

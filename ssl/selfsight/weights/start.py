@@ -12,15 +12,15 @@ labels the guard has nothing to go by, and that is said.)
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 from selfsight.distributed import collectives
 from selfsight.distributed.preempt import Answer
 from selfsight.methods.method import Method
 from selfsight.recovery import GO_ON, Decision
 from selfsight.sections import TrunkStart
+from selfsight.trunks.trunk import Trunk
 from selfsight.weights.files import WeightsError
 from selfsight.weights.heads import HeadReport, load_heads
+from selfsight.weights.layouts import Found
 from selfsight.weights.load import init_trunk
 
 Say = Callable[[str], None]
@@ -55,7 +55,7 @@ class Start:
             raise ValueError("trunk.warmup_window and trunk.warmup_steps must be at least 1")
         self.settings, self.say = settings, say
         self.loaded = settings.init is not None
-        self.trunk: nn.Module = getattr(method, "trainable_trunk", method.trunk)
+        self.trunk = method.trainable_trunk
         self.frozen = False
         self.left_at: int | None = None
         self.best: float | None = None  # k-NN at the start
@@ -64,20 +64,9 @@ class Start:
             self._load(method, settings.init, pixels)
 
     def _load(self, method: Method, path: str, pixels: tuple[list[float], list[float]]) -> None:
-        trunks = [method.trunk]
+        found = self._load_trunk(method.trunk, path, "teacher")
         if self.trunk is not method.trunk:
-            trunks.append(self.trunk)  # type: ignore[arg-type]
-        for trunk in trunks:
-            side = "student" if trunk is self.trunk and len(trunks) > 1 else "teacher"
-            try:
-                report, found = init_trunk(
-                    trunk, path, allow_partial=self.settings.allow_partial, prefer=side
-                )
-            except WeightsError as error:
-                text = str(error).replace("set allow_partial", "set trunk.allow_partial")
-                raise WeightsError(f"trunk.init: {text}") from None
-            name = f" ({side})" if len(trunks) > 1 else ""
-            self.say(f"trunk.init={path}{name}: {report.text()}")
+            self._load_trunk(self.trunk, path, "student")
         if found.licence:
             self.say(f"trunk.init: {found.licence}")
         if (list(found.mean), list(found.std)) != tuple(map(list, pixels)):
@@ -97,6 +86,18 @@ class Start:
                 "head warm-up: the trunk is frozen until the head has settled, for at most "
                 f"{self.settings.warmup_steps} updates"
             )
+
+    def _load_trunk(self, trunk: Trunk, path: str, side: str) -> Found:
+        """Load one trunk of the method; where a file has a student and a teacher, that side."""
+        try:
+            report, found = init_trunk(
+                trunk, path, allow_partial=self.settings.allow_partial, prefer=side
+            )
+        except WeightsError as error:
+            text = str(error).replace("set allow_partial", "set trunk.allow_partial")
+            raise WeightsError(f"trunk.init: {text}") from None
+        self.say(f"trunk.init={path}: {report.text()}")
+        return found
 
     # ------------------------------------------------------------------------------ in the loop
 
@@ -150,13 +151,12 @@ class Start:
                 self.say("trunk.guard: no labels, so a fall in quality would not be noticed")
                 self.best = 0.0
             return GO_ON
-        if self.best is None:
-            self.best = knn
-        if knn >= self.best * (1 - self.settings.guard):
+        best = self.best = knn if self.best is None else self.best
+        if knn >= best * (1 - self.settings.guard):
             return GO_ON
         return Decision(
             "stop",
-            f"k-NN fell from {self.best:.1f} % with the weights of trunk.init to {knn:.1f} % after "
+            f"k-NN fell from {best:.1f} % with the weights of trunk.init to {knn:.1f} % after "
             f"step {step}: the run ends; lower schedule.base_lr, set trunk.head_warmup=true, or "
             "trunk.guard=null to go on regardless",
             state="quality fell",
