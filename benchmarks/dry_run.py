@@ -96,7 +96,7 @@ def dry_run(overrides: list[str], ranks: int, per_node: int, strategy: str) -> d
             method = build(config.method)
             model = parallelize(
                 method,
-                units=method.trunk.units(),
+                units=method.units(),
                 world=world,
                 syncbn_group_size=config.sync_batchnorm_group or ranks,
                 activation_checkpointing=config.activation_checkpointing,

@@ -49,7 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 # Sections whose keys are free of types here, with the keys their yamls may hold.
 SECTION_KEYS: dict[str, tuple[str, ...]] = {
-    "model": ("trunk_parameters", "trunk", "head"),
+    "model": ("name", "trunk_parameters", "trunk", "head"),
     "optim": (
         "optimizer",
         "weight_decay",
@@ -94,11 +94,26 @@ def _devices(batch_size: int, images_per_device: int | None) -> int:
 
 def _parameters_of(kind: str) -> Any:
     def count(trunk: Mapping[str, Any]) -> int:
-        from selfsight.trunks import geometry
+        from selfsight.trunks import geometry, geometry_resnet
 
-        return getattr(geometry, f"{kind}_parameters")(**trunk)
+        home = geometry if hasattr(geometry, f"{kind}_parameters") else geometry_resnet
+        return getattr(home, f"{kind}_parameters")(**trunk)
 
     return count
+
+
+def _measured(what: str) -> Any:
+    """Of a trunk of another library, whose sizes only it knows: `width` or `parameters`."""
+
+    def measure(trunk: Mapping[str, Any]) -> int:
+        from selfsight.trunks.libraries import measure
+
+        plain = (
+            OmegaConf.to_container(trunk, resolve=True) if isinstance(trunk, DictConfig) else trunk
+        )
+        return measure(plain)[what]
+
+    return measure
 
 
 def site_file() -> Path:
@@ -128,6 +143,10 @@ def register_resolvers() -> None:
         "devices": _devices,
         "regnety_parameters": _parameters_of("regnety"),
         "vit_parameters": _parameters_of("vit"),
+        "resnet_parameters": _parameters_of("resnet"),
+        "vt_parameters": _parameters_of("vt"),
+        "measured_parameters": _measured("parameters"),
+        "measured_width": _measured("width"),
         "site": _site,
     }
     for name, function in resolvers.items():
@@ -283,13 +302,17 @@ def _check_call(
     names = [f"{path}.{n}" for n in found.names]
     for key, value in arguments.items():
         _known(f"{path}.{key}", names, found.name)
-        if isinstance(value, str) and value.startswith("${"):
+        if any(isinstance(v, str) and v.startswith("${") for v in (value, *_members(value))):
             continue
         if (wanted := found.refuses(str(key), value)) is not None:
             raise ConfigError(f"{path}.{key}={value!r} must be {wanted}")
     missing = [n for n in found.required if n not in arguments] if exact else []
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}, which {found.name} needs")
+
+
+def _members(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _check_combinations(c: DictConfig) -> None:

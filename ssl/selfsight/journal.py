@@ -32,7 +32,7 @@ from selfsight.tracking.folder import RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.wandb import WandbRun
 from selfsight.tracking.window import Clock
-from selfsight.tracking.wording import comparison, figures_text, latest_figure, numbers
+from selfsight.tracking.wording import BEGINNINGS, comparison, figures_text, latest_figure, numbers
 
 # What follows from the run's length, which may change, unless it was given by hand.
 FOLLOWING = (
@@ -160,8 +160,11 @@ class Journal:
             self.folder.truncate_metrics(state.step)
 
     def notice(self, text: str) -> None:
-        """Something to tell once the console is open."""
-        self._notices.append(text)
+        """Something to tell, once the console is open."""
+        if self.console is None:
+            self._notices.append(text)
+        else:
+            self._say(text)
 
     def _take_lease(self) -> str | None:
         """Become the one run that writes into this folder; what speaks against it, or None."""
@@ -277,7 +280,7 @@ class Journal:
         self.folder.update_summary(step=state.step, **state.figures)
         assert self.wandb is not None
         self.wandb.log(state.step, named)
-        place = "at random initialisation" if suffix else f"after step {state.step}"
+        place = BEGINNINGS.get(suffix, f"after step {state.step}")
         self._say(f"{figures_text(figures)} {place}")
 
     def save(self, state: TrainState) -> None:
@@ -332,13 +335,13 @@ class Journal:
 
     # ---------------------------------------------------------------------------------- end
 
-    def fail(self, state: TrainState, text: str) -> dict[str, Any]:
+    def fail(self, state: TrainState, decision: Decision) -> dict[str, Any]:
         """End a run that cannot go on, with its verdict."""
         if not self.world.main:
             return {"status": "failed"}
         self._summarise(state, "failed")
-        self.folder.update_summary(verdict="not finite", verdict_text=text)
-        self._say(f"step {state.step}: {text}")
+        self.folder.update_summary(verdict=decision.verdict, verdict_text=decision.text)
+        self._say(f"step {state.step}: {decision.text}")
         return self._close()
 
     def finish(

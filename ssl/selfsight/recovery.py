@@ -41,6 +41,8 @@ class Decision:
     """A sentence for the console; at `stop`, the verdict."""
     before: int = 0
     """At `roll back`: the checkpoint must not be of a later step than this."""
+    verdict: str = "not finite"
+    """At `stop`: the state of the run in a word."""
 
     @property
     def rolls_back(self) -> bool:

@@ -45,6 +45,7 @@ from selfsight.runtime import (
 from selfsight.schedules import Plateau
 from selfsight.state import TrainState
 from selfsight.tracking.window import Clock, Window
+from selfsight.weights.start import Start
 
 
 def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     method: Method = build(config.method)
     method.set_pixels(*known_pixels(config.pixels))
+    start = Start(method, config.trunk, known_pixels(config.pixels), journal.notice)
     method.to(device)
 
     # ------------------------------------------------------------------------- parallelise
@@ -132,7 +134,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         method,
         optimizer,
         cursors=torch.zeros(config.batch_size, CURSOR, dtype=torch.int64),
-        small={"scaler": scaler, "guard": guard, **plateaus},
+        small={"scaler": scaler, "guard": guard, **start.small, **plateaus},
     )
     journal.resume(state)
     if steps is not None and state.step >= steps:
@@ -200,6 +202,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             if (kind := guard.kind(answer)) is not None:
                 record_bad_batch(journal.folder.path, answer, kind)
             decision = guard.observe(answer)
+            start.observe(answer)
             if decision is not GO_ON:
                 return
 
@@ -207,8 +210,11 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     try:
         journal.introduce(source, evaluation, method, own_images=own_images, parts=parts)
         if state.step == 0:
-            journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
+            found = evaluation.run(method, calibrate=not start.loaded)
+            journal.record_evaluation(state, found, start.suffix)
+            start.judge(found, state.step)
         method.train()
+        start.hold()
         while (steps is None or state.step < steps) and not stop.agreed:
             # global batch number `state.step`: this rank's lanes, in micro-batches
             watchdog.enter("data", state.step)
@@ -233,6 +239,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 loss += part_loss.detach() / parts
                 window.add(metrics)
             method.after_backward(now)
+            start.drop_gradients()
 
             # the update, masked on the device if a loss or gradient of any rank is not finite
             if scaler.is_enabled():
@@ -287,11 +294,15 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             with clock.paused():
                 if evaluates:
                     with watchdog.within("evaluation"):
-                        journal.record_evaluation(state, evaluation.run(method))
+                        found = evaluation.run(method)
+                        journal.record_evaluation(state, found)
+                        decision = start.judge(found, state.step)
                 if saves:
                     with watchdog.within("save"):
                         state.cursors = collectives.all_gather_rows(stream.cursors)
                         journal.save(state)
+            if decision.stops:
+                break
         journal.finish_saves()
     finally:
         watchdog.close()
@@ -301,7 +312,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     # ---------------------------------------------------------------------------------- end
     if decision.stops:
-        return journal.fail(state, decision.text)
+        return journal.fail(state, decision)
     return journal.finish(
         state, method, complete=not stop.agreed or state.step == steps, reason=stop.agreed
     )

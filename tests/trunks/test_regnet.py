@@ -286,3 +286,37 @@ def test_channels_last_gives_the_same_output():
 def test_arguments_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         RegNetY(**SMALL, **change)
+
+
+@pytest.mark.parametrize("group_width", [11, 16])
+def test_padded_groups_change_nothing_but_the_kernel(group_width):
+    """Outputs, gradients, names and the updates after them, with groups of 11 run as 16."""
+    sizes = {**SMALL, "w_0": 24, "w_a": 40.0, "group_width": group_width}
+    torch.manual_seed(0)
+    plain = RegNetY(**sizes).double()
+    padded = RegNetY(**sizes, pad_groups=8).double()
+    padded.load_state_dict(plain.state_dict())
+    widths: list[int] = []
+    real = torch.nn.functional.conv2d
+
+    def watched(x, weight, *more):
+        widths.append(weight.shape[1] if more[4] > 1 else 0)
+        return real(x, weight, *more)
+
+    images = torch.randn(3, 3, 48, 40, dtype=torch.float64)
+    expected = plain(images)
+    torch.nn.functional.conv2d = watched
+    try:
+        got = padded(images)
+    finally:
+        torch.nn.functional.conv2d = real
+    assert max(widths) == 16
+    torch.testing.assert_close(got, expected)
+    for out in (got, expected):
+        out.square().sum().backward()
+    for (name, ours), theirs in zip(padded.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    for (name, ours), theirs in zip(padded.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    with pytest.raises(ValueError, match="pad_groups=0"):
+        RegNetY(**sizes, pad_groups=0)

@@ -15,14 +15,34 @@ lacks only `fc.*`. Differences from `torchvision.models.regnet.RegNet`:
 import math
 from collections import OrderedDict
 from functools import partial
-from typing import final
+from typing import cast, final
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.regnet import AnyStage, ResBottleneckBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
 from selfsight.trunks.geometry import regnet_geometry
 from selfsight.trunks.trunk import LEVELS, FeatureLevel, Trunk
+
+
+class _PaddedConvolution(nn.Conv2d):
+    """A grouped convolution that runs with each group filled up with zeros to a multiple.
+
+    What it gives, its gradients, parameters and their names are those of the plain convolution;
+    only the kernel that computes it is another one, for channels in a group that suit the hardware.
+    """
+
+    multiple: int
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        groups, group = self.groups, self.in_channels // self.groups
+        more = -group % self.multiple
+        x = F.pad(input.unflatten(1, (groups, group)), (0, 0, 0, 0, 0, more)).flatten(1, 2)
+        weight = self.weight.unflatten(0, (groups, group))
+        weight = F.pad(weight, (0, 0, 0, 0, 0, more, 0, more)).flatten(0, 1)
+        x = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
+        return x.unflatten(1, (groups, group + more))[:, :, :group].flatten(1, 2)
 
 
 @final
@@ -43,6 +63,8 @@ class RegNetY(Trunk):
         se_ratio: channels inside squeeze-and-excitation, as a share of the block's input channels.
         bn_eps: added to BatchNorm's variance.
         bn_momentum: weight of a new batch in BatchNorm's running statistics.
+        pad_groups: compute the 3x3 convolutions with group_width filled up to a multiple of this
+            (8: 373 channels as 376); null as they are. Results, weights and names are the same.
 
     Levels of `features()`: c2 to c5 are the outputs of stages 1 to 4, with strides 4, 8, 16, 32;
     each stride that is set to 1 halves all of them.
@@ -66,6 +88,7 @@ class RegNetY(Trunk):
         se_ratio: float = 0.25,
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
+        pad_groups: int | None = None,
     ) -> None:
         super().__init__()
         for name, stride in (("stem", stem_stride), ("first_stage", first_stage_stride)):
@@ -73,6 +96,8 @@ class RegNetY(Trunk):
                 raise ValueError(f"{name}_stride of a RegNetY must be 1 or 2, not {stride}.")
         if not 0 < se_ratio <= 1:
             raise ValueError(f"se_ratio of a RegNetY must be in (0, 1], not {se_ratio}.")
+        if pad_groups is not None and pad_groups < 1:
+            raise ValueError(f"pad_groups={pad_groups} of a RegNetY must be at least 1, or null.")
         geometry = regnet_geometry(depth=depth, w_0=w_0, w_a=w_a, w_m=w_m, group_width=group_width)
         norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
 
@@ -103,6 +128,10 @@ class RegNetY(Trunk):
             width_in, reduction = width, reduction * stride
             feature_info[level] = FeatureLevel(channels=width, stride=reduction)
         self.trunk_output = nn.Sequential(stages)
+        for conv in self.trunk_output.modules() if pad_groups else ():
+            if isinstance(conv, nn.Conv2d) and conv.groups > 1:
+                conv.__class__ = _PaddedConvolution
+                cast(_PaddedConvolution, conv).multiple = pad_groups
         self.width = width_in
         self.feature_info = feature_info
         self.init_weights()

@@ -10,6 +10,7 @@ names. Classes are abstract (this one) or final (all others).
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -44,6 +45,7 @@ class Trunk(nn.Module, ABC):
 
     width: int
     feature_info: Mapping[str, FeatureLevel]
+    batch_norm_frozen = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -67,6 +69,21 @@ class Trunk(nn.Module, ABC):
         stride of `feature_info[n]`. Nothing is pooled over the image.
         """
 
+    def freeze_batch_norm(self) -> None:
+        """Leave BatchNorm as it is from now on, as detectors do: it normalises by its running
+        averages, in training too, and neither they nor its factors change."""
+        self.batch_norm_frozen = True
+        for norm in _batch_norms(self):
+            norm.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation; a frozen BatchNorm stays in evaluation."""
+        super().train(mode)
+        for norm in _batch_norms(self) if self.batch_norm_frozen else ():
+            norm.eval()
+        return self
+
     @abstractmethod
     def units(self) -> list[nn.Module]:
         """Return the blocks, in the order in which they run.
@@ -86,3 +103,7 @@ class Trunk(nn.Module, ABC):
         The constructor has called it already. It is needed again after a trunk built on the meta
         device has been given memory with `to_empty`, and it uses the global random generator.
         """
+
+
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -1,0 +1,1 @@
+"""Weights of other codes in, weights for other codes out."""
