@@ -29,14 +29,14 @@ def vit(**options: Any) -> VisionTransformer:
     return VisionTransformer(**options)
 
 
-def dino(trunk=None, head=HEAD, **options: Any) -> DINO:
+def dino(trunk=None, head: Any = HEAD, **options: Any) -> DINO:
     """A method whose teacher differs from its student, so that tests can tell them apart."""
     torch.manual_seed(0)
     method = DINO(trunk=trunk or vit(), head=head, **options)
     return part(method)
 
 
-def ibot(trunk=None, head=HEAD, **options: Any) -> IBOT:
+def ibot(trunk=None, head: Any = HEAD, **options: Any) -> IBOT:
     torch.manual_seed(0)
     return part(IBOT(trunk=trunk or vit(mask_token=True), head=head, **options))
 

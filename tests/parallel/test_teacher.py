@@ -4,6 +4,7 @@ Drop path is 0 here: its draws depend on the rank. Masks and KoLeo need no excep
 """
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.parallel.test_forms import close
 from tests.parallel.training import train
 
 Found = dict[str, Tensor]
-HOW = {"clip": 0.5}
+HOW: dict[str, Any] = {"clip": 0.5}
 TEACHER = ("method.trunk.", "method.heads.", "method.targets.", "method.patch_targets.")
 
 
