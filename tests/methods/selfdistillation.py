@@ -14,6 +14,7 @@ from selfsight.methods.dino import DINO
 from selfsight.methods.ibot import IBOT
 from selfsight.methods.method import Now
 from selfsight.trunks.regnet import RegNetY
+from selfsight.trunks.resnet import ResNet
 from selfsight.trunks.vit import VisionTransformer
 
 NOW = Now(step=0, steps=10)
@@ -22,6 +23,10 @@ HEAD = partial(DinoHead, hidden=24, bottleneck=16, prototypes=40)
 
 def regnet() -> RegNetY:
     return RegNetY(depth=5, w_0=8, w_a=12.0, w_m=2.0, group_width=8, stem_width=8)
+
+
+def resnet() -> ResNet:
+    return ResNet(block="basic", depths=[1, 1, 1, 1], small_images=True)
 
 
 def vit(**options: Any) -> VisionTransformer:

@@ -21,6 +21,7 @@ from tests.methods.selfdistillation import (
     dino,
     loss_in_float64,
     regnet,
+    resnet,
     scores_in_float64,
     trainable,
     vit,
@@ -51,8 +52,9 @@ def test_loss_and_gradients_are_those_written_out(sizes):
     assert metrics["kl"].item() == pytest.approx((expected - entropy).item(), abs=1e-4)
 
 
-def test_a_trunk_with_batchnorm_trains_and_its_teacher_keeps_its_own_statistics():
-    model, batch = dino(regnet()), a_batch()
+@pytest.mark.parametrize("trunk", [regnet, resnet])
+def test_a_trunk_with_batchnorm_trains_and_its_teacher_keeps_its_own_statistics(trunk):
+    model, batch = dino(trunk()), a_batch()
     model.train()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     loss, _ = model(batch, NOW)
