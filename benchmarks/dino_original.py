@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfsight.data.batch import Batch
+from selfsight.distributed.env import free_port
 from selfsight.heads.dino_head import DinoHead
 from selfsight.methods.dino import DINO
 from selfsight.methods.method import Now
@@ -32,7 +33,7 @@ from selfsight.schedules import cosine, warmup_cosine
 from selfsight.trunks.vit import VisionTransformer
 
 IMAGES, SIZES = 6, ((2, 64), (4, 32))
-VIT = {"patch_size": 8, "depth": 4}
+VIT: dict[str, Any] = {"patch_size": 8, "depth": 4}
 WIDTH, HEADS, PROTOTYPES, HIDDEN = 48, 3, 128, 96
 LR, END, DECAY, DECAY_END, MOMENTUM, CLIP, WARM = 2e-3, 1e-5, 0.04, 0.4, 0.9, 0.05, 2
 TEMPERATURES = (0.04, 0.07)
@@ -188,8 +189,8 @@ def states(student: nn.Module, teacher: nn.Module, prefixes: tuple[str, str]) ->
 def compare(folder: Path, updates: int) -> dict[str, float]:
     """Largest relative difference of each quantity over all updates."""
     if not dist.is_initialized():  # its loss adds the centre up over ranks
-        store = dist.HashStore()
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        address = f"tcp://127.0.0.1:{free_port()}"
+        dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     original = Original(folder, updates)
     ours = Ours(original, updates)
     worst: dict[str, float] = {}
@@ -206,7 +207,7 @@ def compare(folder: Path, updates: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="a checkout of facebookresearch/dino")
     parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--out", type=Path)

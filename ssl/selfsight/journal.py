@@ -206,7 +206,8 @@ class Journal:
         lr = c.schedule.lr.get("peak", c.schedule.lr.get("value"))
         self._say(
             f"{source.name}: {source.extent()}; {batch}; {length}; "
-            f"peak lr {lr:.4g}; {world.device.type}, {c.precision}"
+            f"peak lr {lr:.4g} from base_lr {c.schedule.base_lr:.4g}; "
+            f"{world.device.type}, {c.precision}"
         )
         if scaling := method.scaling(c.batch_size):
             self._say(scaling)

@@ -148,7 +148,7 @@ def refuse_too_large(method: nn.Module, world: World, *, sharded: bool = False) 
     Raises:
         ValueError: with what is needed and what there is.
     """
-    needed = 12 * sum(p.numel() for p in method.parameters() if p.requires_grad)
+    needed = sum(p.numel() * (12 if p.requires_grad else 4) for p in method.parameters())
     needed //= world.size if sharded else 1
     free = free_memory(world.device)
     if free is None:

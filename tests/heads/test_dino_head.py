@@ -1,6 +1,7 @@
 """DINO's head against PyTorch's own weight normalisation, and its names."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from torch.nn.utils import parametrizations
 from selfsight.heads.dino_head import DinoHead
 
 
-def theirs(head: DinoHead) -> nn.Module:
+def theirs(head: Any) -> Any:
     """The same head from PyTorch's parts."""
     v = head.last_layer.weight_v
-    last = parametrizations.weight_norm(nn.Linear(v.shape[1], v.shape[0], bias=False))
+    last: Any = parametrizations.weight_norm(nn.Linear(v.shape[1], v.shape[0], bias=False))
     with torch.no_grad():
         last.parametrizations.weight.original0.copy_(head.last_layer.weight_g)
         last.parametrizations.weight.original1.copy_(v)
@@ -23,7 +24,7 @@ def theirs(head: DinoHead) -> nn.Module:
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 def test_values_and_gradients_are_pytorchs(layers):
     torch.manual_seed(0)
-    head = DinoHead(
+    head: Any = DinoHead(
         in_width=12, hidden=20, layers=layers, bottleneck=8, prototypes=30, frozen_norm=False
     )
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_scores_are_float32_under_autocast():
 
 def test_initialisation_is_dinos():
     torch.manual_seed(0)
-    head = DinoHead(in_width=256, hidden=256, bottleneck=256, prototypes=512)
+    head: Any = DinoHead(in_width=256, hidden=256, bottleneck=256, prototypes=512)
     assert head.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not head.mlp[2].bias.any()
     assert head.last_layer.weight_v.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.05)

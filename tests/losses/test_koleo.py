@@ -31,6 +31,7 @@ def test_equal_features_are_finite():
     x = torch.ones(4, 3, requires_grad=True)
     loss = koleo_loss(x)
     loss.backward()
+    assert x.grad is not None
     assert torch.isfinite(loss) and torch.isfinite(x.grad).all()
 
 
@@ -58,6 +59,7 @@ def test_two_ranks_are_one_with_all_features():
     x = features().requires_grad_()
     whole = koleo_loss(x)
     whole.backward()
+    assert x.grad is not None
     for loss, gradient in on_ranks(2, _on_rank):
         assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
         assert torch.allclose(gradient, x.grad, atol=1e-6)

@@ -14,6 +14,7 @@ from selfsight.methods.dino import DINO
 from selfsight.methods.ibot import IBOT
 from selfsight.methods.method import Now
 from selfsight.trunks.regnet import RegNetY
+from selfsight.trunks.resnet import ResNet
 from selfsight.trunks.vit import VisionTransformer
 
 NOW = Now(step=0, steps=10)
@@ -24,19 +25,23 @@ def regnet() -> RegNetY:
     return RegNetY(depth=5, w_0=8, w_a=12.0, w_m=2.0, group_width=8, stem_width=8)
 
 
+def resnet() -> ResNet:
+    return ResNet(block="basic", depths=[1, 1, 1, 1], small_images=True)
+
+
 def vit(**options: Any) -> VisionTransformer:
     options = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2, **options}
     return VisionTransformer(**options)
 
 
-def dino(trunk=None, head=HEAD, **options: Any) -> DINO:
+def dino(trunk=None, head: Any = HEAD, **options: Any) -> DINO:
     """A method whose teacher differs from its student, so that tests can tell them apart."""
     torch.manual_seed(0)
     method = DINO(trunk=trunk or vit(), head=head, **options)
     return part(method)
 
 
-def ibot(trunk=None, head=HEAD, **options: Any) -> IBOT:
+def ibot(trunk=None, head: Any = HEAD, **options: Any) -> IBOT:
     torch.manual_seed(0)
     return part(IBOT(trunk=trunk or vit(mask_token=True), head=head, **options))
 

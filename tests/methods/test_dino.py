@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tests.methods.selfdistillation import (
     dino,
     loss_in_float64,
     regnet,
+    resnet,
     scores_in_float64,
     trainable,
     vit,
@@ -50,8 +52,9 @@ def test_loss_and_gradients_are_those_written_out(sizes):
     assert metrics["kl"].item() == pytest.approx((expected - entropy).item(), abs=1e-4)
 
 
-def test_a_trunk_with_batchnorm_trains_and_its_teacher_keeps_its_own_statistics():
-    model, batch = dino(regnet()), a_batch()
+@pytest.mark.parametrize("trunk", [regnet, resnet])
+def test_a_trunk_with_batchnorm_trains_and_its_teacher_keeps_its_own_statistics(trunk):
+    model, batch = dino(trunk()), a_batch()
     model.train()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     loss, _ = model(batch, NOW)
@@ -148,7 +151,7 @@ def test_only_the_student_is_trained():
     assert names and all(name.startswith("student_") for name in names)
     assert "student_trunk.mask_token" not in names  # nothing is masked
     assert not any("weight_g" in name for name in names)
-    learnt = dino(head=LEARNT)
+    learnt: Any = dino(head=LEARNT)
     assert learnt.student_heads["image"].last_layer.weight_g.requires_grad
     chances = {
         side: [m.p for m in trunk.modules() if isinstance(m, StochasticDepth)]
@@ -163,7 +166,7 @@ def test_only_the_student_is_trained():
 
 def test_the_last_layer_is_frozen_at_first():
     model, batch = dino(freeze_last_layer_steps=2), a_batch()
-    last = model.student_heads["image"].last_layer
+    last: Any = model.student_heads["image"].last_layer
     for step, frozen in ((0, True), (1, True), (2, False)):
         model(batch, Now(step, 10))[0].backward()
         model.after_backward(Now(step, 10))

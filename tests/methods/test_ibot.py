@@ -1,5 +1,7 @@
 """iBOT against its equations in float64, its masks, and Sinkhorn over masked patches."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tests.methods.selfdistillation import (
     vit,
 )
 
-ALL = {"mask_share": 1.0, "mask_ratio": (0.3, 0.6), "koleo_weight": 0.0}
+ALL: dict[str, Any] = {"mask_share": 1.0, "mask_ratio": (0.3, 0.6), "koleo_weight": 0.0}
 OK, BAD = torch.tensor(True), torch.tensor(False)
 
 
@@ -53,7 +55,9 @@ def written_out(model, batch, tau=0.07):
 
 @pytest.mark.parametrize("own_head", [False, True])
 def test_loss_and_gradients_are_those_written_out(own_head):
-    options = {"patch_head": lambda in_width: HEAD(in_width=in_width, prototypes=24)}
+    options: dict[str, Any] = {
+        "patch_head": lambda in_width: HEAD(in_width=in_width, prototypes=24)
+    }
     model = ibot(
         **(options if own_head else {}),
         centring="centre",
@@ -159,7 +163,8 @@ def test_masks_cover_the_drawn_share_in_blocks():
 
 def test_masked_patches_are_not_seen_by_the_student():
     """Other pixels in masked patches: student and image loss stay, the teacher's targets move."""
-    model, batch = ibot(centring="centre", **ALL), a_batch(4, ((2, 32),))
+    model: Any = ibot(centring="centre", **ALL)
+    batch = a_batch(4, ((2, 32),))
     masked = model.mask(batch)
     grid = masked.masks.view(2, 4, 1, 4, 4).repeat_interleave(8, 3).repeat_interleave(8, 4)
     other = a_batch(4, ((2, 32),))
@@ -173,7 +178,8 @@ def test_masked_patches_are_not_seen_by_the_student():
 
 
 def test_learnt_state_follows_the_schedule_of_the_teacher():
-    model, batch = ibot(), a_batch(4)
+    model: Any = ibot()
+    batch = a_batch(4)
     model(batch, Now(0, 10))
     before = model.trunk.mask_token.clone()
     with torch.no_grad():

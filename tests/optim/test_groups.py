@@ -1,5 +1,7 @@
 """Which parameters decay."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -99,7 +101,8 @@ def test_layers_learn_at_the_rates_of_dinov2():
 
 
 def test_a_schedule_sets_every_group_by_its_factor():
-    trunk, head = vit(), nn.Linear(16, 4)
+    trunk: Any = vit()
+    head = nn.Linear(16, 4)
     named = [*trunk.named_parameters(), *head.named_parameters()]
     factors = lr_factors(trunk, trunk.units(), decay=0.5)
     groups = parameter_groups(
@@ -130,7 +133,7 @@ def test_the_stem_of_a_convolutional_trunk_is_before_its_blocks():
 def test_clipping_each_tensor_by_its_own_norm():
     """As DINO's clip_gradients: 3 / (norm + 1e-6) where that is below 1; what is returned is the
     norm of all, before."""
-    parameters = [
+    parameters: list[Any] = [
         nn.Parameter(torch.zeros(4)),
         nn.Parameter(torch.zeros(2, 2)),
         nn.Parameter(torch.ones(1)),

@@ -4,6 +4,7 @@ Drop path is 0 here: its draws depend on the rank. Masks and KoLeo need no excep
 """
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.parallel.test_forms import close
 from tests.parallel.training import train
 
 Found = dict[str, Tensor]
-HOW = {"clip": 0.5}
+HOW: dict[str, Any] = {"clip": 0.5}
 TEACHER = ("method.trunk.", "method.heads.", "method.targets.", "method.patch_targets.")
 
 
@@ -29,9 +30,17 @@ def _alone(kind: str) -> Found:
     return train(World(), kind, {}, **HOW)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+KINDS = ["dino", "dino_regnet", "dino_sinkhorn", "dino_koleo", "ibot", "ibot_sinkhorn"]
+IN_CI = [("dino", "ddp"), ("dino_regnet", "fsdp"), ("ibot_sinkhorn", "fsdp")]
+
+
 @pytest.mark.parametrize(
-    "kind", ["dino", "dino_regnet", "dino_sinkhorn", "dino_koleo", "ibot", "ibot_sinkhorn"]
+    ("kind", "strategy"),
+    [
+        pytest.param(kind, strategy, marks=[] if (kind, strategy) in IN_CI else pytest.mark.slow)
+        for kind in KINDS
+        for strategy in ("ddp", "fsdp")
+    ],
 )
 def test_two_ranks_equal_one_process(kind, strategy):
     options = {"strategy": strategy, "activation_checkpointing": kind == "dino"}
@@ -40,12 +49,13 @@ def test_two_ranks_equal_one_process(kind, strategy):
         close(found, _alone(kind))
 
 
-@pytest.mark.parametrize("kind", ["dino", "dino_sinkhorn"])
+@pytest.mark.parametrize("kind", [pytest.param("dino", marks=pytest.mark.slow), "dino_sinkhorn"])
 def test_accumulation_on_two_ranks_equals_one_process(kind):
     for found in on_ranks(2, _on_rank, kind, {"strategy": "ddp"}, {"micro": 3}):
         close(found, _alone(kind))
 
 
+@pytest.mark.slow
 def test_three_ranks_with_uneven_shards_and_counts_of_masked_patches():
     for found in on_ranks(3, _on_rank, "ibot_sinkhorn", {"strategy": "fsdp"}, {}):
         close(found, _alone("ibot_sinkhorn"))

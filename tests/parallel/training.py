@@ -80,9 +80,8 @@ def ibot(centring: str, koleo: float = 0.1) -> IBOT:
 
 
 HEAD = partial(DinoHead, hidden=24, bottleneck=8, prototypes=20)
-METHODS: dict[str, Callable[[], Method]] = {
-    "regnet": regnet,
-    "vit": vit,
+METHODS = {"regnet": regnet, "vit": vit}
+TEACHERS: dict[str, Callable[[], Method]] = {
     "dino": dino,
     "dino_regnet": partial(dino, "regnet"),
     "dino_sinkhorn": partial(dino, centring="sinkhorn"),
@@ -122,7 +121,8 @@ def train(
     Tensors are whole, also those that ranks share. `layout` holds arguments of
     `parallelize`, and may hold `compile: True`.
     """
-    method = METHODS[kind]()
+    build = {**METHODS, **TEACHERS}[kind]
+    method = build()
     options: dict[str, Any] = dict(layout)
     if options.pop("compile", False):
         options["compile_units"] = method.compile_units()
@@ -134,7 +134,7 @@ def train(
         **{"syncbn_group_size": world.size, **options},
     )
     assert unwrap(module) is method
-    assert list(method.state_dict()) == list(METHODS[kind]().state_dict())
+    assert list(method.state_dict()) == list(build().state_dict())
     opt = make_optimizer(method, optimizer)
     losses, gradient_norms = [], []
     for step in range(steps):

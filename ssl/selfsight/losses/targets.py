@@ -65,8 +65,8 @@ class Targets(nn.Module):
                 flat,
                 epsilon=temperature,
                 iterations=self.iterations,
-                # The true number, of all ranks, cancels; what stands for it must be the same on all,
-                # and the number of masked patches is not.
+                # The true number, of all ranks, cancels. What stands for it must be the same on
+                # all of them, which the number of masked patches is not.
                 global_samples=flat.shape[2],
                 sum_over_ranks=collectives.all_reduce_sum,
             )
