@@ -77,7 +77,7 @@ class MultiLabel(Evaluator):
         for number, column in enumerate(targets.T):
             if not (column > 0).any() or not (column == 0).any():
                 raise ValueError(
-                    f"{train.name}: the class {train.class_name(number)} has no image that shows it "
+                    f"{train.name}: the class {train.class_name(number)} has no image showing it "
                     "and one that does not"
                 )
         features = {"svm": _unit, "linear": _standard}
@@ -146,7 +146,7 @@ class MultiLabel(Evaluator):
                     negative = (column == 0).nonzero().flatten()
                     if len(positive) < k:
                         raise ValueError(
-                            f"{train.name}: the class {train.class_name(n)} has {len(positive)} images "
+                            f"{train.name}: class {train.class_name(n)} has {len(positive)} images "
                             f"and {k} are asked for"
                         )
                     few = positive[torch.randperm(len(positive), generator=generator)[:k]]

@@ -152,8 +152,9 @@ def _csv(table: Table) -> str:
         for column, cell in cells.items():
             for key in cell.results[0]["figures"]:
                 f = cell.figure(key)
-                out.writerow((name, column.data, column.evaluator, column.images, key, f.value,
-                              f.low, f.high, f.over, round(cell.seconds, 1), cell.protocol))  # fmt: skip
+                what = (name, column.data, column.evaluator, column.images, key)
+                seconds = round(cell.seconds, 1)
+                out.writerow((*what, f.value, f.low, f.high, f.over, seconds, cell.protocol))
     for model, column, value, source in _published(table):
         out.writerow((f"{model} (published)", column, "", "", "", value, "", "", "", "", source))
     return file.getvalue()
@@ -208,8 +209,8 @@ def _html(table: Table) -> str:
 
 def study(folders: Sequence[Path]) -> str:
     """What a multirun ended with, one line a run: figures of summaries, as markdown."""
-    keys = ("status", "step", "images_seen", "knn_top1_random_init", "knn_top1", "test_top1", "rank",
-            "images_per_second", "seconds", "verdict")  # fmt: skip
+    keys = ["status", "step", "images_seen", "knn_top1_random_init", "knn_top1", "test_top1"]
+    keys += ["rank", "images_per_second", "seconds", "verdict"]
     found = []
     for folder in folders:
         try:
