@@ -20,7 +20,7 @@ def test_subsets_are_nested_deterministic_and_balanced():
         np.array_equal(a, b) for a, b in zip(found, subsets(LABELS, amounts, seed=3), strict=True)
     ]
     assert not np.array_equal(found[1], subsets(LABELS, amounts, seed=4)[1])
-    with pytest.raises(ValueError, match="the class 0 has .* and 200 a class are asked for"):
+    with pytest.raises(ValueError, match=r"the class 0 has .* and 200 a class are asked for"):
         subsets(LABELS, [Amount(shots=200)], seed=0)
     for wrong in ("ten", "0 %", "120 %", "-5"):
         with pytest.raises(ValueError, match="is neither a share"):

@@ -107,8 +107,9 @@ def test_wrong_arguments_are_sentences(tmp_path):
 
 RUN = [
     "method=supervised", "optim=sgd", "schedule=constant", "data=scenes", "data.train.length=200",
-    "data.eval_train=null", "data.eval_val=null", "data.eval_size=32", "batch_size=16", "epochs=null",
-    "steps=6", "eval.every=3", "device=cpu", "cluster=local", "cluster.threads=1", "loader.workers=0",
+    "data.eval_train=null", "data.eval_val=null", "data.eval_size=32", "batch_size=16",
+    "epochs=null", "steps=6", "eval.every=3", "device=cpu", "cluster=local", "cluster.threads=1",
+    "loader.workers=0",
     "tracking.wandb=off", "tracking.log_every=2", "checkpoint.every=100",
 ]  # fmt: skip
 

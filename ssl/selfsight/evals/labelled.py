@@ -72,7 +72,8 @@ def check_labelled(split: Split) -> None:
         who = f"{len(missing)} of {len(split)} have no"
         who = "no image has" if len(missing) == len(split) else who
         raise ValueError(
-            f"{split.name}: {who} label (such as {key}): this evaluation needs labels; eval=health needs none"
+            f"{split.name}: {who} label (such as {key}): this evaluation needs labels; eval=health "
+            "needs none"
         )
     if len(split.labels.unique()) < 2:
         only = split.class_name(int(split.labels[0]))
