@@ -93,7 +93,7 @@ def test_the_average_follows_the_trained_weights():
 def test_wrong_arguments_are_sentences(tmp_path):
     run = export(tmp_path / "run")
     with pytest.raises(ValueError, match=r"does not fit this trunk: .* have another shape"):
-        wide = RegNetY(depth=5, w_0=16, w_a=12.0, w_m=2.0, group_width=8, stem_width=8)
+        wide = RegNetY(depth=5, w_0=8, w_a=12.0, w_m=2.0, group_width=8, stem_width=16)
         Supervised(trunk=wide, classes=4, weights=str(run / "trunk.safetensors"))
     with pytest.raises(ValueError, match="matches no parameter; their names are like trunk"):
         Supervised(trunk=trunk(), classes=4, freeze=["backbone"])
