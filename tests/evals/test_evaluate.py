@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from selfsight.build import compose
+from selfsight.cluster import slurm
+from selfsight.cluster.local import launch
+from selfsight.cluster.plan import plan
 from selfsight.config import ConfigError
+from selfsight.evals.job import evaluate
+from selfsight.evals.plans import plan_jobs
 from selfsight.evals.settings import check_evaluation, evaluator_names, expand
 from selfsight.evals.table import collect, render
 from tests.evals.small import SCENES, export, run_evaluation
@@ -166,10 +172,44 @@ def test_several_labels_an_image_in_a_table(run, tmp_path):
         run_evaluation("eval=knn", *arguments)
 
 
-def test_results_are_json_without_a_machine_in_the_features(run):
-    """Features of one trunk are found again whatever the file is called."""
-    about = json.loads(next((run / "features").glob("*/about.json")).read_text())
-    assert about["images"] in (240, 120, 20) and about["trunk"]
-    assert torch.load  # nothing here is ever unpickled: the store is .npy without pickles
-    for path in (run / "features").glob("*/*.npy"):
-        np.load(path, allow_pickle=False)
+def test_two_processes_find_what_one_does(run, tmp_path):
+    """Each extracts its shards; one of them writes."""
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes) / "evals"
+        arguments = ["eval=knn", f"run={run}", f"out={out}", *SCENES, "data.eval_train.length=600"]
+        arguments += ["device=cpu", "cluster=local", f"cluster.processes={processes}"]
+        arguments += ["cluster.threads=1", f"features.folder={out.parent / 'features'}"]
+        config = check_evaluation(compose("evaluate", expand(arguments)))
+        ((_, ((own, name),)),) = plan_jobs(config)
+        try:
+            assert launch(own, name, evaluate)["status"] == "complete"
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found.append(json.loads((out / "knn.scenes.json").read_text())["figures"])
+    assert found[0] == found[1]
+
+
+def test_an_evaluation_can_be_a_job_of_a_cluster(run):
+    config = check_evaluation(
+        compose("evaluate", expand(["eval=knn", f"run={run}", "data=scenes", "cluster=slurm"]))
+    )
+    ((function, ((own, name),)),) = plan_jobs(config)
+    assert function.endswith("job.evaluate") and name.startswith("knn-")
+    assert plan(own).processes == 1
+    content = slurm._content(own)
+    assert Path(content["runs_dir"]).is_absolute() and content["out"] == own.out
+    assert check_evaluation(OmegaConf.create(content)).eval.knn.main == 20
+
+
+def test_fine_tuning_is_planned_as_runs_of_the_loop(run, tmp_path):
+    arguments = ["eval=low_shot_finetune", f"run={run}", f"out={tmp_path}", *SCENES]
+    arguments += ["eval.low_shot_finetune.set=['epochs=2','batch_size=16']", "cluster=local"]
+    config = check_evaluation(compose("evaluate", expand(arguments)))
+    ((function, runs),) = plan_jobs(config)
+    assert function == "selfsight.train.pretrain" and len(runs) == 3
+    for own, _ in runs:
+        assert own.method.weights == str(run / "trunk.safetensors") and own.epochs == 2
+        assert own.data.train.file.endswith(".json") and own.optim.trunk_lr_factor == 0.05
+    one = json.loads(Path(runs[0][0].data.train.file).read_text())
+    assert one["images"] >= 24 and len(set(one["keys"])) == one["images"]

@@ -4,6 +4,7 @@ Each asks for runs of the loop with method=supervised, one a repeat, in evals/ru
 results. A run chooses its state on val and reports on test (`selfsight.evals.classifier`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def plan_runs(config: DictConfig, name: str, node: DictConfig) -> list[tuple[Dic
                 OmegaConf.update(composed, key, value, force_add=True)
             label = name + (".random_init" if scratch else "")
             suffix = run.suffix if config.step is None else f"step_{config.step:08d}-{run.suffix}"
-            composed.name = f"{label}-{data_name or short_name(composed.data)}-{suffix}"
+            settings = f"{run.overrides} {path.stat().st_mtime_ns} {composed.data}"
+            tag = hashlib.sha256(settings.encode()).hexdigest()[:6]  # other settings, another run
+            composed.name = f"{label}-{data_name or short_name(composed.data)}-{suffix}-{tag}"
             composed.runs_dir = str(out / "runs")
             composed.resume = "anyway"
             composed.checkpoint.keep = 2
