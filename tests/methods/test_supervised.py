@@ -72,7 +72,8 @@ def test_a_frozen_trunk_changes_in_nothing():
         assert torch.equal(value, before[f"trunk.{name}"]), name  # running statistics too
     assert set(method.classify(batch().views[0][0])) == {"c4", "c5_2x2", "feature"}
     partly = Supervised(trunk=trunk(), classes=4, freeze=[r"trunk\.stem"]).train()
-    assert not partly.trunk.stem.training and partly.trunk.trunk_output.training
+    modes = {name: partly.trunk.get_submodule(name).training for name in ("stem", "trunk_output")}
+    assert modes == {"stem": False, "trunk_output": True}
 
 
 def test_the_average_follows_the_trained_weights():

@@ -54,8 +54,10 @@ class MultiLabel(Evaluator):
         shot_negatives: int = 19,
         iterations: int = 100,
     ) -> None:
-        if not classifiers or (unknown := set(classifiers) - set(CLASSIFIERS)):
-            raise ValueError(f"eval.multilabel.classifiers: {unknown} are not svm or linear")
+        if not classifiers or set(classifiers) - set(CLASSIFIERS):
+            raise ValueError(
+                f"eval.multilabel.classifiers={list(classifiers)} must be svm, linear or both"
+            )
         self.classifiers, self.costs, self.layer = list(classifiers), list(costs), layer
         self.holdout, self.iterations = holdout, iterations
         self.precision = interpolated_precision if eleven_points else average_precision
@@ -83,6 +85,7 @@ class MultiLabel(Evaluator):
         features = {"svm": _unit, "linear": _standard}
         figures: dict[str, Figure] = {}
         details: dict[str, object] = {}
+        scores = torch.zeros(0)
         for kind in self.classifiers:
             x, queries = features[kind](train.take(self.layer), test.take(self.layer))
             x, queries = x.to(bench.device), queries.to(bench.device)

@@ -92,7 +92,7 @@ def plan_runs(config: DictConfig, name: str, node: DictConfig) -> list[tuple[Dic
     lists: dict[tuple[str, int], str] = {}
     planned = []
     for run in evaluator.runs(config.seed):
-        composed = compose("pretrain", run.overrides)
+        composed: Any = compose("pretrain", run.overrides)
         with open_dict(composed):
             composed.data = OmegaConf.create(OmegaConf.to_container(data, resolve=True))
             composed.model.trunk = OmegaConf.create(trunk)
