@@ -113,12 +113,12 @@ def test_wrong_data_is_one_sentence(run, tmp_path):
     pictures(tmp_path / "split" / "val", {"cat": 3, "fox": 3})
     said = refused("eval=knn", "data=class_folders", f"data.path={tmp_path / 'split'}")
     assert "class 1 is 'dog' in one and 'fox' in the other" in said
-    few = pictures(tmp_path / "few", {"cat": 20, "dog": 4})
+    few = pictures(tmp_path / "few", {"cat": 40, "dog": 15})
     said = refused(
         "eval=low_shot", "data=folder", f"data.path={few}",
-        "eval.low_shot.images=['10 a class']", "eval.low_shot.main='10 a class'",
+        "eval.low_shot.images=['20 a class']", "eval.low_shot.main='20 a class'",
     )  # fmt: skip
-    assert "the class dog has" in said and "10 a class are asked for" in said
+    assert "the class dog has" in said and "20 a class are asked for" in said
     assert "has no trunk of step 7: there are none" in refused(
         "eval=knn", "step=7", "data=folder", f"data.path={few}"
     )
@@ -172,6 +172,7 @@ def test_several_labels_an_image_in_a_table(run, tmp_path):
         run_evaluation("eval=knn", *arguments)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(run, tmp_path):
     """Each extracts its shards; one of them writes."""
     found = []

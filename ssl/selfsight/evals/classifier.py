@@ -239,7 +239,7 @@ class ClassifierEvaluation:
             "evaluator": self.report.get("evaluator", "supervised"),
             "subject": self.report.get("subject", {"run": self.folder.name, "random_init": False}),
             "data": {
-                "name": self.report.get("data") or self.train.name.split("/")[0].split(",")[0],
+                "name": self.report.get("data") or self.train.name,
                 "train": self.train.name,
                 "val": None if self.val is None else self.val.name,
                 "test": asked.name,
