@@ -130,7 +130,7 @@ def test_a_run_chooses_on_val_and_reports_on_test(tmp_path, capsys):
     result = json.loads((run / "evals" / "supervised.scenes.json").read_text())
     diagonal = sum(confusion["matrix"][n][n] for n in range(12))
     assert result["figures"]["top1"]["value"] == pytest.approx(100 * diagonal / len(split["test"]))
-    assert "accuracy on test" in capsys.readouterr().out
+    assert "accuracy on test" in capsys.readouterr().err
 
 
 def test_labels_that_are_missing_are_refused(tmp_path):
