@@ -139,7 +139,7 @@ def _sentence(name: str, overrides: list[str], error: Exception) -> str:
     match = re.search(r"Could not override '([^']+)'", text)
     if match and not isinstance(cause, ValidationError):
         key = match.group(1)
-        choices = [o for o in overrides if o.split("=")[0] in _groups()]
+        choices = [o for o in overrides if re.split("[=@]", o.lstrip("+"))[0] in _groups()]
         known = list(configuration.dotted_keys(hydra.compose(name, overrides=choices)))
         return f"there is no key '{key}'{configuration.nearest(key, [*known, *_groups()])}"
     if match := re.search(r"Could not find '([^/']+)/([^']+)'", text):

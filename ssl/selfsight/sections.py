@@ -296,7 +296,6 @@ class Evaluation:
     precision: str = "fp32"
     image_size: int | None = None
     resize: int | None = None
-    wait: bool = True
     features: Features = field(default_factory=Features)
     loader: EvaluationLoader = field(default_factory=EvaluationLoader)
     cluster: Cluster = field(default_factory=Cluster)

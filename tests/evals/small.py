@@ -1,4 +1,4 @@
-"""A small trunk of a made-up run, and real features of embedded scenes, for tests of evaluations."""
+"""A small trunk of a made-up run, and features of embedded scenes, for tests of evaluations."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,8 @@
 """k-NN, logistic regression, support vector machines and average precision against scikit-learn, on
 features of real pictures drawn here."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -26,9 +28,8 @@ def test_knn(sets):
     bank, labels, queries, _ = sets
     found = knn_predict_many(bank, labels, queries, neighbours=[1, 10, 50], block=7)
     for k, predictions in found.items():
-        theirs = KNeighborsClassifier(
-            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
-        )
+        weights: Any = lambda d: np.exp((1 - d) / 0.07)  # noqa: E731
+        theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
         theirs.fit(bank.double().numpy(), labels.numpy())
         expected = theirs.predict(queries.double().numpy())
         assert (predictions.numpy() == expected).mean() >= 0.99  # equal votes may fall either way
@@ -62,7 +63,7 @@ def test_support_vector_machine(sets):
     target = (labels < 4).to(torch.int8)
     weight, bias = fit_binary("svm", x, target[:, None], 1.0, iterations=2000)
     # an intercept of a large scale is hardly penalised: ours is not at all
-    theirs = LinearSVC(C=1.0, intercept_scaling=100.0, max_iter=100_000, tol=1e-8)
+    theirs = LinearSVC(C=1.0, intercept_scaling=100, max_iter=100_000, tol=1e-8)
     theirs.fit(x.double().numpy(), target.numpy())
     ours = (queries @ weight + bias)[:, 0].numpy()
     assert np.abs(ours - theirs.decision_function(queries.double().numpy())).max() < 0.01

@@ -63,7 +63,7 @@ def test_heads_are_those_of_autograd():
         nn.init.zeros_(head.bias)
         groups = [{"params": [head.weight], "weight_decay": 0.01}, {"params": [head.bias]}]
         solver = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
-        drawn = torch.Generator().manual_seed(3)
+        drawn, order = torch.Generator().manual_seed(3), torch.arange(0)
         for step in range(12):
             if step % 3 == 0:
                 order = torch.randperm(96, generator=drawn)

@@ -1,4 +1,4 @@
-"""Choosing on the test images makes noise look like knowledge; choosing on a held-out part does not."""
+"""Choosing on test makes noise look like knowledge; choosing on a held-out part does not."""
 
 import torch
 

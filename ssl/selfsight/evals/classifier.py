@@ -101,6 +101,8 @@ class ClassifierEvaluation:
             step: updates so far.
         """
         figures: dict[str, float] = {}
+        if step == 0 and collectives.rank() == 0:
+            self.best.unlink(missing_ok=True)  # of a run of that name that ended before it saved
         if self.val is not None:
             images = self._images(self.val, keep=True)
             with (
@@ -123,7 +125,7 @@ class ClassifierEvaluation:
                     f"top1_{n}": (s.argmax(1) == labels).float().mean().item() * 100
                     for n, s in scores.items()
                 }
-            if not calibrate and accuracy > self._best_so_far():
+            if step and accuracy > self._best_so_far():
                 self._keep(method, step, accuracy, name)
         elif last:
             self._keep(method, step, 0.0, next(iter(self._one(method))))
@@ -237,7 +239,7 @@ class ClassifierEvaluation:
             "evaluator": self.report.get("evaluator", "supervised"),
             "subject": self.report.get("subject", {"run": self.folder.name, "random_init": False}),
             "data": {
-                "name": self.report.get("data") or self.train.name.split("/")[0].split(",")[0],
+                "name": self.report.get("data") or self.train.name,
                 "train": self.train.name,
                 "val": None if self.val is None else self.val.name,
                 "test": asked.name,

@@ -87,7 +87,7 @@ def train_heads(
 
 @torch.no_grad()
 def predict_heads(features: Tensor, weight: Tensor, bias: Tensor, block: int = 8192) -> Tensor:
-    """Predicted classes (H, n) of features (n, d) by every head; heads that diverged say class 0."""
+    """Predicted classes (H, n) of features (n, d) by every head; one that diverged says class 0."""
     parts = []
     for x in features.split(block):
         scores = torch.einsum("bd,hdc->hbc", x, weight) + bias[:, None]

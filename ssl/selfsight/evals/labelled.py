@@ -69,10 +69,11 @@ def check_labelled(split: Split) -> None:
     missing = (split.labels < 0).nonzero().flatten()
     if len(missing):
         key = split.source.key(int(split.features.rows[split.places[missing[0]]]))
-        every = len(missing) == len(split)
+        who = f"{len(missing)} of {len(split)} have no"
+        who = "no image has" if len(missing) == len(split) else who
         raise ValueError(
-            f"{split.name}: {'no image has' if every else f'{len(missing)} of {len(split)} have no'}"
-            f" label (such as {key}): this evaluation needs labels; eval=health needs none"
+            f"{split.name}: {who} label (such as {key}): this evaluation needs labels; eval=health "
+            "needs none"
         )
     if len(split.labels.unique()) < 2:
         only = split.class_name(int(split.labels[0]))

@@ -77,8 +77,8 @@ class LinearProbe(Evaluator):
         train, test = bench.train, bench.test
         classes = check_pair(train, test)
         inputs = self._inputs(bench.subject)
-        found, chosen, held = [], [], []
-        per_class = []
+        found, chosen, held, per_class = [], [], [], []
+        correct = torch.zeros(0, dtype=torch.bool)
         for seed in range(self.seeds):
             best = self._best(bench, train, inputs, classes, bench.seed + seed)
             predictions = best.predict(test)

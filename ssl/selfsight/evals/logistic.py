@@ -65,6 +65,7 @@ class LogisticRegression(Evaluator):
         x, y = prepare(train.take(self.layer)).to(bench.device), train.labels.to(bench.device)
         queries = prepare(test.take(self.layer)).to(bench.device)
         found, chosen = [], []
+        correct = torch.zeros(0, dtype=torch.bool)
         for seed in range(self.seeds):
             c, score = choose_c(
                 x,

@@ -54,8 +54,10 @@ class MultiLabel(Evaluator):
         shot_negatives: int = 19,
         iterations: int = 100,
     ) -> None:
-        if not classifiers or (unknown := set(classifiers) - set(CLASSIFIERS)):
-            raise ValueError(f"eval.multilabel.classifiers: {unknown} are not svm or linear")
+        if not classifiers or set(classifiers) - set(CLASSIFIERS):
+            raise ValueError(
+                f"eval.multilabel.classifiers={list(classifiers)} must be svm, linear or both"
+            )
         self.classifiers, self.costs, self.layer = list(classifiers), list(costs), layer
         self.holdout, self.iterations = holdout, iterations
         self.precision = interpolated_precision if eleven_points else average_precision
@@ -77,12 +79,13 @@ class MultiLabel(Evaluator):
         for number, column in enumerate(targets.T):
             if not (column > 0).any() or not (column == 0).any():
                 raise ValueError(
-                    f"{train.name}: the class {train.class_name(number)} has no image that shows it "
+                    f"{train.name}: the class {train.class_name(number)} has no image showing it "
                     "and one that does not"
                 )
         features = {"svm": _unit, "linear": _standard}
         figures: dict[str, Figure] = {}
         details: dict[str, object] = {}
+        scores = torch.zeros(0)
         for kind in self.classifiers:
             x, queries = features[kind](train.take(self.layer), test.take(self.layer))
             x, queries = x.to(bench.device), queries.to(bench.device)
@@ -146,7 +149,7 @@ class MultiLabel(Evaluator):
                     negative = (column == 0).nonzero().flatten()
                     if len(positive) < k:
                         raise ValueError(
-                            f"{train.name}: the class {train.class_name(n)} has {len(positive)} images "
+                            f"{train.name}: class {train.class_name(n)} has {len(positive)} images "
                             f"and {k} are asked for"
                         )
                     few = positive[torch.randperm(len(positive), generator=generator)[:k]]

@@ -1,8 +1,8 @@
-"""Retrieval: images are ranked by the cosine of their descriptors, judged by mean average precision.
+"""Retrieval: images ranked by the cosine of their descriptors, judged by mean average precision.
 
 Descriptors are generalised means over positions (GeM), optionally whitened by PCA that other images
-taught. What is relevant: images of the same class, or a file of ground truth as the revisited Oxford
-and Paris benchmarks have (Radenovic et al. 2018, arXiv:1803.11285).
+taught. What is relevant: images of the same class, or a file of ground truth as the revisited
+Oxford and Paris benchmarks have (Radenovic et al. 2018, arXiv:1803.11285).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: what `eval=NAME[,NAME...]` means, and checks without torch."""
+"""The configuration of an evaluation: what `eval=a,b` means, and checks without torch."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches

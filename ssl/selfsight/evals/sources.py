@@ -19,6 +19,7 @@ from selfsight.evals.bench import SPLIT_SEED
 from selfsight.evals.classifier import ClassifierEvaluation
 from selfsight.evals.labelled import check_same_names
 from selfsight.evals.online import OnlineEvaluation
+from selfsight.evals.settings import short_name
 
 
 @dataclass
@@ -107,7 +108,8 @@ def evaluation_during(
     """The evaluation that a run makes of itself, by `eval.kind`."""
     if config.eval.kind == "classifier":
         assert sources.classes is not None
-        report = config.eval.report
+        report: Any = OmegaConf.to_container(config.eval.report or OmegaConf.create(), resolve=True)
+        report.setdefault("data", short_name(config.data))
         return ClassifierEvaluation(
             train=sources.train,
             val=sources.val,
@@ -120,7 +122,7 @@ def evaluation_during(
             device=device,
             autocast=autocast,
             folder=folder,
-            report=OmegaConf.to_container(report, resolve=True) if report else None,  # pyright: ignore[reportArgumentType]
+            report=report,
         )
     return OnlineEvaluation(
         source=sources.train,

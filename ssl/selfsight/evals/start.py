@@ -1,8 +1,8 @@
 """Evaluations that a pretraining run starts: at its end, and for trunks that it exports under way.
 
 Each is a command of its own, launch/evaluate.py on the run's folder. Of a job on SLURM they are
-further jobs, submitted at once. On a machine of its own, where the run has the processor or the GPU,
-they wait until it has ended, and run one after the other.
+further jobs, submitted at once. Elsewhere, where the run has the processor or the GPU, they wait
+until it has ended, and run one after the other.
 """
 
 import os
@@ -45,7 +45,7 @@ class Starter:
         every = config.checkpoint.keep_every
         if config.eval.at_checkpoints and every is None:
             raise ValueError(
-                "eval.at_checkpoints evaluates the trunks that checkpoint.keep_every exports: set it"
+                "eval.at_checkpoints evaluates the trunks of checkpoint.keep_every: set it"
             )
         self.folder, self._every = folder, every
         self.at_end, self.at_checkpoints = (

@@ -9,9 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from selfsight.config import flat
 from selfsight.evals.intervals import Figure, repeated
 from selfsight.evals.published import beside
 from selfsight.evals.reporting import read_results
+
+NOT_VARIED = ("name", "runs_dir", "cluster.chosen")
+MOST_KEYS = 6  # of a study's configuration that its table shows
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,9 @@ def _csv(table: Table) -> str:
         for column, cell in cells.items():
             for key in cell.results[0]["figures"]:
                 f = cell.figure(key)
-                out.writerow((name, column.data, column.evaluator, column.images, key, f.value,
-                              f.low, f.high, f.over, round(cell.seconds, 1), cell.protocol))  # fmt: skip
+                what = (name, column.data, column.evaluator, column.images, key)
+                seconds = round(cell.seconds, 1)
+                out.writerow((*what, f.value, f.low, f.high, f.over, seconds, cell.protocol))
     for model, column, value, source in _published(table):
         out.writerow((f"{model} (published)", column, "", "", "", value, "", "", "", "", source))
     return file.getvalue()
@@ -208,8 +215,8 @@ def _html(table: Table) -> str:
 
 def study(folders: Sequence[Path]) -> str:
     """What a multirun ended with, one line a run: figures of summaries, as markdown."""
-    keys = ("status", "step", "images_seen", "knn_top1_random_init", "knn_top1", "test_top1", "rank",
-            "images_per_second", "seconds", "verdict")  # fmt: skip
+    keys = ["status", "step", "images_seen", "knn_top1_random_init", "knn_top1", "test_top1"]
+    keys += ["rank", "images_per_second", "seconds", "verdict"]
     found = []
     for folder in folders:
         try:
@@ -217,10 +224,25 @@ def study(folders: Sequence[Path]) -> str:
         except (OSError, ValueError):
             summary = {"status": "not there"}
         found.append((folder.name, summary))
+    differing = _differing(folders)
     shown = [k for k in keys if any(k in summary for _, summary in found)]
-    lines = [f"| run | {' | '.join(shown)} |", "|---|" + "---|" * len(shown)]
-    for name, summary in found:
-        values = (summary.get(k, "") for k in shown)
+    head = ["run", *differing, *shown]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for index, (name, summary) in enumerate(found):
+        values = [*(values[index] for values in differing.values())]
+        values += [summary.get(k, "") for k in shown]
         texts = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def _differing(folders: Sequence[Path]) -> dict[str, list[Any]]:
+    """Keys whose values are not the same in all runs, the first few, with the value of each run."""
+    leaves = []
+    for folder in folders:
+        file = folder / "config.yaml"
+        leaves.append(flat(OmegaConf.load(file)) if file.is_file() else {})
+    names = dict.fromkeys(key for own in leaves for key in own)
+    values = {key: [own.get(key, "") for own in leaves] for key in names if key not in NOT_VARIED}
+    varied = {key: v for key, v in values.items() if len({str(x) for x in v}) > 1}
+    return dict(list(varied.items())[:MOST_KEYS])

@@ -4,9 +4,10 @@ Each asks for runs of the loop with method=supervised, one a repeat, in evals/ru
 results. A run chooses its state on val and reports on test (`selfsight.evals.classifier`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -91,9 +92,10 @@ def plan_runs(config: DictConfig, name: str, node: DictConfig) -> list[tuple[Dic
     lists: dict[tuple[str, int], str] = {}
     planned = []
     for run in evaluator.runs(config.seed):
-        composed = compose("pretrain", run.overrides)
+        composed: Any = compose("pretrain", run.overrides)
         with open_dict(composed):
             composed.data = OmegaConf.create(OmegaConf.to_container(data, resolve=True))
+            images = cast(DictConfig, composed.data)
             composed.model.trunk = OmegaConf.create(trunk)
             composed.cluster = config.cluster
             for key in ("device", "precision"):
@@ -113,13 +115,15 @@ def plan_runs(config: DictConfig, name: str, node: DictConfig) -> list[tuple[Dic
             if "images" in run.facts:
                 key = (run.facts["images"], run.facts["subset"])
                 if not lists:
-                    lists = _write_subsets(composed.data, evaluator, out)
+                    lists = _write_subsets(images, evaluator, out)
                 _learn_from(composed, lists[key], lists[("test", 0)])
             for key, value in run.values.items():
                 OmegaConf.update(composed, key, value, force_add=True)
             label = name + (".random_init" if scratch else "")
             suffix = run.suffix if config.step is None else f"step_{config.step:08d}-{run.suffix}"
-            composed.name = f"{label}-{data_name or short_name(composed.data)}-{suffix}"
+            settings = f"{run.overrides} {path.stat().st_mtime_ns} {composed.data}"
+            tag = hashlib.sha256(settings.encode()).hexdigest()[:6]  # other settings, another run
+            composed.name = f"{label}-{data_name or short_name(images)}-{suffix}-{tag}"
             composed.runs_dir = str(out / "runs")
             composed.resume = "anyway"
             composed.checkpoint.keep = 2
@@ -127,7 +131,7 @@ def plan_runs(config: DictConfig, name: str, node: DictConfig) -> list[tuple[Dic
                 "evaluator": name,
                 "folder": str(out),
                 "subject": {**facts, "file": path.name, "random_init": bool(scratch)},
-                "data": data_name or short_name(composed.data),
+                "data": data_name or short_name(images),
                 "suffix": suffix,
                 "facts": {**run.facts, "step": config.step},
                 "protocol": f"{name} (recipe {getattr(evaluator, 'recipe', '')})"

@@ -51,7 +51,7 @@ class LinearClassifier(nn.Module):
 
 
 class Classifiers(nn.Module):
-    """A classifier on each of several vectors, by name: {name: (b, width)} -> {name: (b, classes)}."""
+    """A classifier on each of several vectors: {name: (b, width)} -> {name: (b, classes)}."""
 
     def __init__(self, heads: Mapping[str, LinearClassifier]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Mixup and CutMix: images and labels of a batch mixed in pairs.
 
 Mixup (Zhang et al. 2018, arXiv:1710.09412) adds two images with weights l and 1 - l, l from
-Beta(a, a). CutMix (Yun et al. 2019, arXiv:1905.04899) pastes a rectangle of one into the other; l is
-the share of what is left. An image's partner is the one at its place in the reversed batch. All
+Beta(a, a). CutMix (Yun et al. 2019, arXiv:1905.04899) pastes a rectangle of one into the other; l
+is the share of what is left. An image's partner is the one at its place in the reversed batch. All
 draws come from torch's global random state.
 """
 

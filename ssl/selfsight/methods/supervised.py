@@ -49,8 +49,8 @@ class Supervised(Method):
         batch_norm: BatchNorm before each linear layer.
         dropout: before it.
         label_smoothing: share of a label given to all classes alike.
-        mixup, cutmix: parameter of the Beta distribution, 0 for none; of both, one is drawn for each
-            batch with even chances.
+        mixup, cutmix: parameter of the Beta distribution, 0 for none; of both, one is drawn for
+            each batch with even chances.
         augment: "autoaugment", "randaugment" or None, on the crops.
         average: decay of a moving average of the weights, which is then evaluated; None: none.
 

@@ -81,7 +81,7 @@ class TableImages(Source):
             for name in names:
                 if name not in numbers:
                     raise ValueError(
-                        f"row {row + 2} of {table} has the class {name!r}, which data.classes lacks."
+                        f"row {row + 2} of {table} has the class {name!r}, not in data.classes."
                     )
                 sets[first[f"{path}{suffix}"]].append((numbers[name], value))
         self._unnamed = 0 if judged_column is None else -1
