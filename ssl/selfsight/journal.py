@@ -74,7 +74,7 @@ class Journal:
         self.console: Console | None = None
         self.trackers = Trackers()
         active = world.main and config.tracking.report
-        self.reporter = Reporter(self.folder.path, active=active, notice=lambda x: self._say(x))
+        self.reporter = Reporter(self.folder.path, active=active, notice=self._say)
         self.judge = Judge(warm_until=0)
         self.line: dict[str, Any] = {}
         self.rate: float | None = None
@@ -427,8 +427,7 @@ class Journal:
         )
 
     def _say(self, text: str) -> None:
-        assert self.console is not None
-        self.console.say(text)
+        (self.notice if self.console is None else self.console.say)(text)
 
     def _summarise(self, state: TrainState, status: str) -> None:
         self.folder.update_summary(

@@ -93,7 +93,7 @@ def collect(folders: Sequence[Path]) -> Table:
 def render(table: Table, form: str) -> str:
     """The table as `md`, `csv` or `html`, a page."""
     if form == "html":
-        return document("Evaluations", f"<h1>Evaluations</h1>{html_table(table)}", style=_STYLE)
+        return document("Evaluations", f"<h1>Evaluations</h1>{html_table(table)}")
     return {"md": _markdown, "csv": _csv}[form](table)
 
 
@@ -160,9 +160,6 @@ def _csv(table: Table) -> str:
     for model, column, value, source in _published(table):
         out.writerow((f"{model} (published)", column, "", "", "", value, "", "", "", "", source))
     return file.getvalue()
-
-
-_STYLE = ".best { font-weight: 650; } small { color: var(--faint); }"
 
 
 def html_table(table: Table) -> str:
