@@ -24,13 +24,13 @@ def killed_anywhere(place: Place, trials: int) -> Row:
     for n in range(trials):
         name, draw = f"killed{n}", place.random
         site = (*SITES, *WRITES)[n % 6] if trials >= 6 else draw.choice((*SITES, *WRITES))
-        step = draw.randrange(1, 8) if site in SITES else draw.randrange(1, 10)
+        step = draw.randrange(1, 8) if site in SITES else draw.randrange(1, 6)
         rank = draw.randrange(2) if site in SITES else 0
         fault = {"kind": "kill", "site": site, "step": step, "rank": rank}
         ended = place.run(name, *LENGTH, fault=fault)
-        if any(ended.statuses):
-            place.finish(name, *LENGTH)
-        held += place.sums(name, 8) == whole
+        killed = ended.struck and -signal.SIGKILL in ended.statuses
+        place.finish(name, *LENGTH)
+        held += killed and place.sums(name, 8) == whole
     return held, trials, "runs with the bits of the undisturbed one"
 
 
@@ -58,10 +58,10 @@ def killed_while_saving(place: Place, trials: int) -> Row:
         site = WRITES[n % 3]
         fault = {"kind": "kill", "site": site, "step": place.random.randrange(1, 6),
                  "once": str(place.folder / f"struck{n}")}  # fmt: skip
-        in_child(_save, folder, 3, 5, fault)
+        killed = in_child(_save, folder, 3, 5, fault) == -signal.SIGKILL
         found = intact(folder)
         torn = len(list(folder.glob("step_*"))) - len(found)
-        held += torn == 0 and found[-1:] >= [2]
+        held += killed and torn == 0 and found[-1:] >= [2]
     return held, trials, "folders whose every named checkpoint is intact"
 
 
@@ -75,12 +75,11 @@ def disk_full(place: Place, trials: int) -> Row:
         ended = place.run(f"full{n}", *more, size=1, fault=fault)
         left = list(place.checkpoints(f"full{n}").glob(".*"))
         alarms = ended.text.count("was not written")
-        held += (
-            ended.statuses == [0]
-            and place.steps(f"full{n}")[-1:] == [8]
-            and alarms == 1
-            and not left
-        )
+        saved = place.steps(f"full{n}")
+        right = ended.statuses == [0] and saved[-1:] == [8] and alarms == 1 and not left
+        held += right
+        if not right:
+            print(f"   limit at {at}: {ended.statuses} {saved=} {alarms=} {left=}\n{ended.text}")
     return held, trials, "runs that went on, with one alarm and no partial files"
 
 
@@ -121,8 +120,8 @@ def retention(place: Place, trials: int) -> Row:
         assert in_child(_save, folder, 1, 4, None) == 0
         fault = {"kind": "kill", "site": "rename", "step": place.random.randrange(1, 9),
                  "once": str(place.folder / f"kept-struck{n}")}  # fmt: skip
-        in_child(_save, folder, 4, 8, fault)
-        held += len(intact(folder)) >= 2
+        killed = in_child(_save, folder, 4, 8, fault) == -signal.SIGKILL
+        held += killed and len(intact(folder)) >= 2
     return held, trials, "folders with two intact checkpoints or more"
 
 
@@ -141,7 +140,7 @@ def preempted(place: Place, trials: int) -> Row:
                  "signals": [int(s) for s in signals]}  # fmt: skip
         ended = place.run(f"preempted{n}", *LENGTH, fault=fault)
         saved = place.steps(f"preempted{n}")
-        right = ended.statuses == [75, 75] or ended.statuses == [75, 0]
+        right = ended.statuses == [75, 75]
         if not in_save:
             right = right and saved[-1] in (step + 1, step + 2)  # seen before or after its flags
         place.finish(f"preempted{n}", *LENGTH)
@@ -307,23 +306,24 @@ def positions(place: Place, trials: int) -> Row:
 
 
 def worlds(place: Place, trials: int) -> Row:
-    """4 -> 2 -> 1 -> 4 ranks: the same samples, weights within tolerance."""
+    """4 -> 2 -> 1 -> 4 ranks: the same samples, weights within 1e-5 of those of 4 ranks."""
     sizes = [4, 2, 1, 4]
     held = total = 0
+    slack = 0.0
     for n in range(trials):
-        name = f"worlds{n}"
-        place.finish(f"{name}-four", "steps=16", f"seed={n}", "checkpoint.every=4",
-                     "checkpoint.keep=9", size=4)  # fmt: skip
+        name, keep = f"worlds{n}", ["checkpoint.every=5", "checkpoint.keep=9", f"seed={n}"]
+        place.finish(f"{name}-four", "steps=20", *keep, size=4)
         for part, size in enumerate(sizes):
-            more = [f"steps={4 * part + 4}", "schedule.lr.steps=16", f"seed={n}"]
-            place.finish(name, *more, "checkpoint.every=4", "checkpoint.keep=9", size=size)
-        for step in (8, 12, 16):
+            more = [f"steps={5 * part + 5}", "schedule.lr.steps=20"]
+            place.finish(name, *more, *keep, size=size)
+        for step in (10, 15, 20):
             one, other = place.tensors(f"{name}-four", step), place.tensors(name, step)
-            worst = max(float((one[k].double() - v.double()).abs().max()) for k, v in other.items()
-                        if v.numel() and "projection_head" not in k)  # fmt: skip
+            weights = [k for k in other if k.startswith("method/") and not k.endswith("queue")]
+            worst = max(float((one[k].double() - other[k].double()).abs().max()) for k in weights)
             total += 1
-            held += one["stream/cursors"].equal(other["stream/cursors"]) and worst < 1e-2
-    return held, total, "comparisons: same positions in the stream, weights within 1e-2"
+            held += one["stream/cursors"].equal(other["stream/cursors"]) and worst < 1e-5
+            slack = max(slack, worst)
+    return held, total, f"comparisons: same place in the stream, weights within {slack:.1e}"
 
 
 def prepare(folder: Path) -> Place:

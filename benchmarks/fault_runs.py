@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -47,6 +48,8 @@ class Ended:
     seconds: float
     after_fault: list[float]
     """From the fault (or the start) until each rank was gone."""
+    struck: bool
+    """Whether the fault came."""
 
     @property
     def text(self) -> str:
@@ -108,7 +111,7 @@ class Place:
         said = [(log / str(rank)).read_text() for rank in range(size)]
         codes = [process.exitcode for process in ranks]
         after = [gone.get(rank, end) - (hit or start) for rank in range(size)]
-        return Ended(codes, said, end - start, after)
+        return Ended(codes, said, end - start, after, bool(struck and struck.exists()))
 
     def finish(self, name: str, *more: str, size: int = 2) -> None:
         """Go on with a run until it is complete."""
@@ -227,9 +230,17 @@ def _strike(fault: Fault) -> None:
             os.kill(child.pid or 0, fault["signals"][0])
     elif kind == "full":
         limit = fault["bytes"]
+        _finish_save()  # which must not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     elif kind == "skip":
         _skip_one()
+
+
+def _finish_save() -> None:
+    """Wait for the checkpoint under way."""
+    for thread in threading.enumerate():
+        if thread.name == "save":
+            thread.join(60)
 
 
 def _at_step(fault: Fault) -> None:
@@ -247,6 +258,7 @@ def _at_step(fault: Fault) -> None:
         now = next(a for a in arguments if hasattr(a, "values") and hasattr(a, "step"))
         here = now.step in steps
         if fault["kind"] == "full" and now.step == steps.stop:
+            _finish_save()  # which must meet the limit
             unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         if not here or (now.step == steps.start and not _strikes(fault)):

@@ -218,14 +218,14 @@ def test_what_is_drawn_from_the_environment_is_not_written_down(monkeypatch):
             [
                 "tracking.wandb_project=my-${oc.env:SELFSIGHT_CANARY}",
                 "runs_dir=${tracking.wandb_project}",
-                "batch_size=${oc.env:SELFSIGHT_SIZE}",
+                "seed=${oc.env:SELFSIGHT_SIZE}",
             ],
         )
     )
     written = published(config)
     assert "canary" not in str(written)
     assert written["tracking"]["wandb_project"] == "my-${oc.env:SELFSIGHT_CANARY}"
-    assert written["batch_size"] == 24
+    assert written["seed"] == "${oc.env:SELFSIGHT_SIZE}"
     assert flat(OmegaConf.create(written)) == flat(config)
     assert OmegaConf.create({"a": "${oc.env:SELFSIGHT_SIZE}"}).a == "24"
 

@@ -54,9 +54,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 SECTION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("name", "trunk_parameters", "trunk", "head"),
     "optim": (
-        "optimizer", "weight_decay", "exclude_bias_and_norm", "layer_decay", "patch_embed_lr_factor",
+        "optimizer",
+        "weight_decay",
+        "exclude_bias_and_norm",
+        "layer_decay",
+        "patch_embed_lr_factor",
         "trunk_lr_factor",
-    ),  # fmt: skip
+    ),
     "schedule": ("base_lr", "start", "end", "warmup_steps", "lr", "weight_decay"),
 }
 

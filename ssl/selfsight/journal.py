@@ -35,7 +35,7 @@ from selfsight.tracking.folder import RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
-from selfsight.tracking.wording import comparison, figures_text, latest_figure
+from selfsight.tracking.wording import BEGINNINGS, comparison, figures_text, latest_figure
 
 # What follows from the run's length, which may change, unless it was given by hand.
 FOLLOWING = (
@@ -55,7 +55,7 @@ FREE = (
 
 # What a run's folder may hold before the run has written its configuration.
 OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
-OWN_FILES |= {"lease.json", ".ranks"}
+OWN_FILES |= {"lease.json"}
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 
@@ -99,7 +99,8 @@ class Journal:
         path = self.folder.path
         text = self.folder.config_text()
         if text is None:
-            found = {p.name for p in path.iterdir()} if path.is_dir() else {path.name}
+            names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
+            found = {name for name in names if not name.startswith(".")}
             if path.exists() and found - OWN_FILES:
                 return f"{path} exists and is not the folder of a run: choose another name="
             return None
@@ -170,8 +171,11 @@ class Journal:
             self.reporter.forget_after(state.step)
 
     def notice(self, text: str) -> None:
-        """Something to tell once the console is open."""
-        self._notices.append(text)
+        """Something to tell, once the console is open."""
+        if self.console is None:
+            self._notices.append(text)
+        else:
+            self._say(text)
 
     def _take_lease(self) -> str | None:
         """Become the one run that writes into this folder; what speaks against it, or None."""
@@ -297,7 +301,7 @@ class Journal:
         self.folder.update_summary(step=state.step, **state.figures)
         self.trackers.log(state.step, named)
         self.judge.evaluated(state.step, figures, initial=bool(suffix))
-        place = "at random initialisation" if suffix else f"after step {state.step}"
+        place = BEGINNINGS.get(suffix, f"after step {state.step}")
         self._say(f"{figures_text(figures)} {place}")
 
     def track(self, state: TrainState, figures: Mapping[str, float]) -> None:

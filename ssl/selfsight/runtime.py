@@ -140,13 +140,16 @@ def used_memory(device: torch.device) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def refuse_too_large(method: nn.Module, world: World) -> None:
+def refuse_too_large(method: nn.Module, world: World, *, sharded: bool = False) -> None:
     """Refuse a method (built on meta) whose weights, gradients and momentum cannot fit.
+
+    `sharded` ones are spread over the ranks.
 
     Raises:
         ValueError: with what is needed and what there is.
     """
     needed = 12 * sum(p.numel() for p in method.parameters() if p.requires_grad)
+    needed //= world.size if sharded else 1
     free = free_memory(world.device)
     if free is None:
         return
@@ -156,5 +159,5 @@ def refuse_too_large(method: nn.Module, world: World) -> None:
         raise ValueError(
             f"this model needs {needed / 1e9:.1f} GB for weights, gradients and momentum alone, "
             f"and {world.device} has {free / 1e9:.1f} GB free for each process: choose a smaller "
-            "model= or a larger machine"
+            + ("model=, or more processes" if sharded else "model=, strategy=fsdp or more memory")
         )

@@ -123,6 +123,26 @@ class Cluster:
 
 
 @dataclass
+class TrunkStart:
+    init: str | None = None
+    """Weights that the trunk starts from: a file or folder in any known layout, or a run."""
+    allow_partial: bool = False
+    """Also where tensors are missing or left over."""
+    heads: bool = True
+    """Take the heads too, where the file has them and they fit."""
+    head_warmup: Any = "auto"
+    """Freeze the trunk until the head has settled: `auto`, where a head is new; true or false."""
+    warmup_steps: int = 1000
+    """Updates after which the trunk is let go in any case."""
+    warmup_window: int = 50
+    """Updates whose mean losses are compared."""
+    warmup_gain: float = 0.01
+    """The head has settled where a window's loss is lower by less than this share."""
+    guard: float | None = 0.1
+    """The run ends where k-NN falls by a larger share below that of the start; null: never."""
+
+
+@dataclass
 class Timeouts:
     """Seconds after which a section of the run that has not ended ends the job."""
 
@@ -216,6 +236,7 @@ class Run:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     loader: Loader = field(default_factory=Loader)
     pixels: Pixels = field(default_factory=Pixels)
+    trunk: TrunkStart = field(default_factory=TrunkStart)
     cluster: Cluster = field(default_factory=Cluster)
     recovery: Recovery = field(default_factory=Recovery)
     timeouts: Timeouts = field(default_factory=Timeouts)

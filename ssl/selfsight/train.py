@@ -48,6 +48,7 @@ from selfsight.runtime import (
 from selfsight.schedules import Plateau
 from selfsight.state import TrainState
 from selfsight.tracking.window import Clock, Window
+from selfsight.weights.start import Start
 
 
 def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
@@ -93,10 +94,11 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     # ------------------------------------------------------------------------------- method
     with torch.device("meta"):
-        refuse_too_large(build(config.method), world)
+        refuse_too_large(build(config.method), world, sharded=config.strategy == "fsdp")
     torch.manual_seed(config.seed)
     method: Method = build(config.method)
     method.set_pixels(*known_pixels(config.pixels))
+    start = Start(method, config.trunk, known_pixels(config.pixels), journal.notice)
     method.to(device)
 
     # ------------------------------------------------------------------------- parallelise
@@ -138,7 +140,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
         method,
         optimizer,
         cursors=torch.zeros(config.batch_size, CURSOR, dtype=torch.int64),
-        small={"scaler": scaler, "guard": guard, **plateaus},
+        small={"scaler": scaler, "guard": guard, **start.small, **plateaus},
     )
     journal.resume(state)
     if steps is not None and state.step >= steps:
@@ -201,6 +203,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
             if (kind := guard.kind(answer)) is not None:
                 record_bad_batch(journal.folder.path, answer, kind)
             found = guard.observe(answer)
+            start.observe(answer)
             if found is not GO_ON:
                 decision = found
                 return
@@ -216,9 +219,12 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
     try:
         journal.introduce(source, evaluation, method, own_images=own_images, parts=parts)
         if state.step == 0:
-            journal.record_evaluation(state, evaluation.run(method, calibrate=True), "_random_init")
+            found = evaluation.run(method, calibrate=not start.loaded)
+            journal.record_evaluation(state, found, start.suffix)
+            start.judge(found, state.step)
             look()
         method.train()
+        start.hold()
         while (steps is None or state.step < steps) and not stop.agreed:
             # global batch number `state.step`: this rank's lanes, in micro-batches
             watchdog.enter("data", state.step)
@@ -245,6 +251,7 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                 loss += part_loss.detach() / parts
                 window.add(metrics)
             method.after_backward(now)
+            start.drop_gradients()
 
             # the update, masked on the device if a loss or gradient of any rank is not finite
             if scaler.is_enabled():
@@ -302,6 +309,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                     with watchdog.within("evaluation"):
                         found = evaluation.run(method, last=last, step=state.step)
                         journal.record_evaluation(state, found)
+                        fallen = start.judge(found, state.step)
+                        decision = decision if fallen is GO_ON else fallen
                         look()
                 if saves:
                     with watchdog.within("save"):
@@ -309,6 +318,8 @@ def pretrain(config: DictConfig, name: str, world: World) -> dict[str, Any]:
                         journal.save(state)
                         starter.saved(state.step)
                         journal.track(state, starter.news())
+            if decision.stops:
+                break
         journal.finish_saves()
     finally:
         watchdog.close()

@@ -228,6 +228,26 @@ def test_a_death_in_the_middle_of_a_batch_is_noticed_at_once():
         assert same(take(loader, 2), expected[1:])
 
 
+def test_a_worker_that_stops_between_samples_is_replaced(sources, expected):
+    limits = WorkerLimits(decode_seconds=1.0, fetch_seconds=1.0)
+    with Loader(
+        sources["folder"], multicrop(), batch_size=BATCH, seed=5, workers=2, limits=limits
+    ) as loader:
+        batches = take(loader, 1)
+        worker = loader._workers[1]
+        while worker._mark.read() is not None or not worker.pipe.poll():
+            time.sleep(0.01)
+        time.sleep(0.5)  # the batches it was asked for are done
+        pid = worker.process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        batches += take(loader, 5)
+        assert worker.process.pid != pid
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert same(batches, expected["folder"][: len(batches)])
+
+
 def test_a_sample_that_kills_workers_is_passed_over(tmp_path):
     """And listed; a resumed run passes it over without dying again, and reads the same."""
     ledger = Ledger(tmp_path / "ledger.jsonl")

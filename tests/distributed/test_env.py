@@ -49,6 +49,17 @@ def test_ranks_that_do_not_come_are_an_error_and_the_process_can_go_on():
     assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_so_they_are_in_a_world_that_another_launcher_made(host, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", str(env.free_port()))
+    with pytest.raises(ConnectionError, match="rank 1 of 2 did not come"):
+        env.join(0, 2, local_size=2, timeout=1)
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ConnectionError, match="MASTER_ADDR and MASTER_PORT"):
+        env.join(0, 2, local_size=2, timeout=1)
+
+
 def _rejoin(world: env.World, address: str) -> list[str]:
     """Leave, and join again by a file; then name the addresses on which this process listens."""
     env.leave()

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsight.optim.adamw import AdamW
 from selfsight.optim.lars import LARS
+from selfsight.optim.rmsprop import RMSprop
 from selfsight.optim.sgd import SGD
 
 CONF = Path(__file__).parents[2] / "conf" / "optim"
-KINDS = [LARS, SGD, AdamW]
+KINDS = [LARS, SGD, AdamW, RMSprop]
 
 
 def build(kind: type, seed: int = 0) -> tuple[Optimizer, list[Parameter]]:

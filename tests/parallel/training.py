@@ -1,6 +1,7 @@
-"""Small SwAV methods, and a few updates of one as the loop does them, on any layout over ranks."""
+"""Small methods, and a few updates of one as the loop does them, on any layout over ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from selfsight.distributed import collectives
 from selfsight.distributed.env import World
 from selfsight.distributed.parallelize import no_sync, parallelize, unwrap
 from selfsight.distributed.shards import whole
+from selfsight.heads.dino_head import DinoHead
 from selfsight.heads.projection import ProjectionHead
-from selfsight.methods.method import Now
+from selfsight.methods.dino import DINO
+from selfsight.methods.ibot import IBOT
+from selfsight.methods.method import Method, Now
 from selfsight.methods.swav import SwAV
 from selfsight.optim.adamw import AdamW
 from selfsight.optim.gradients import gradient_norm
@@ -50,7 +54,43 @@ def vit(queue: int = 0) -> SwAV:
     )
 
 
-METHODS = {"regnet": regnet, "vit": vit}
+def dino(trunk: str = "vit", **options: Any) -> DINO:
+    """DINO on the same trunks."""
+    torch.manual_seed(0)
+    made = (regnet if trunk == "regnet" else vit)().trunk
+    return DINO(trunk=made, head=HEAD, teacher_momentum=0.8, freeze_last_layer_steps=1, **options)
+
+
+def ibot(centring: str, koleo: float = 0.1) -> IBOT:
+    """iBOT with a head for patches."""
+    torch.manual_seed(0)
+    trunk = VisionTransformer(
+        width=16, depth=4, heads=2, image_size=32, patch_size=8, mask_token=True
+    )
+    return IBOT(
+        trunk=trunk,
+        head=HEAD,
+        patch_head=partial(HEAD, prototypes=18),
+        centring=centring,
+        koleo_weight=koleo,
+        teacher_momentum=0.8,
+        mask_ratio=(0.2, 0.6),
+        freeze_last_layer_steps=1,
+    )
+
+
+HEAD = partial(DinoHead, hidden=24, bottleneck=8, prototypes=20)
+METHODS: dict[str, Callable[[], Method]] = {
+    "regnet": regnet,
+    "vit": vit,
+    "dino": dino,
+    "dino_regnet": partial(dino, "regnet"),
+    "dino_sinkhorn": partial(dino, centring="sinkhorn"),
+    "dino_koleo": partial(dino, koleo_weight=0.1),
+    "ibot": partial(ibot, "centre"),
+    "ibot_sinkhorn": partial(ibot, "sinkhorn"),
+    "ibot_plain": partial(ibot, "sinkhorn", koleo=0.0),
+}
 
 
 def share(step: int, world: World, sizes: tuple[int, ...] = (32, 16)) -> Batch:
@@ -61,7 +101,7 @@ def share(step: int, world: World, sizes: tuple[int, ...] = (32, 16)) -> Batch:
         for s in sizes
     ]
     own = slice(world.rank * IMAGES // world.size, (world.rank + 1) * IMAGES // world.size)
-    positions = torch.arange(IMAGES)[own]
+    positions = (IMAGES * step + torch.arange(IMAGES))[own]
     return Batch([v[:, own] for v in views], positions, torch.zeros_like(positions))
 
 
@@ -85,11 +125,11 @@ def train(
     method = METHODS[kind]()
     options: dict[str, Any] = dict(layout)
     if options.pop("compile", False):
-        options["compile_units"] = method.trunk.compile_units()
+        options["compile_units"] = method.compile_units()
         options["compile_backend"] = "aot_eager"
     module = parallelize(
         method,
-        units=method.trunk.units(),
+        units=method.units(),
         world=world,
         **{"syncbn_group_size": world.size, **options},
     )
@@ -131,7 +171,7 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """One update as in the loop; the loss over all ranks and the norm of the gradient."""
     method = unwrap(module)
-    assert isinstance(method, SwAV)
+    assert isinstance(method, Method)
     now = Now(step, 10)
     batches = share(step, world, sizes).micro(micro)
     enabled = {"dtype": autocast or torch.bfloat16, "enabled": autocast is not None}

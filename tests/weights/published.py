@@ -35,7 +35,7 @@ def tiny_regnet() -> RegNetY:
 
 
 def vissl_name(ours: str, parts: bool = False) -> str:
-    """VISSL's name of a RegNet tensor; with `parts`, that of its FSDP trunks (two blocks a part)."""
+    """VISSL's name of a RegNet tensor; with `parts`, of its FSDP trunks (two blocks a part)."""
     if match := re.fullmatch(r"stem\.(.+)", ours):
         return f"_feature_blocks.conv1.stem.{match[1]}"
     match = re.fullmatch(r"trunk_output\.block(\d)\.block\d-(\d+)\.(.+)", ours)

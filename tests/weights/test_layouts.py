@@ -69,7 +69,7 @@ def test_vissls_names_of_the_large_trunks_are_all_known(size):
     from selfsight.build import build, compose
     from selfsight.weights.files import WeightFile
 
-    config = compose("pretrain", [f"model=regnety_{size}", "data.shards=x"])
+    config = compose("pretrain", [f"model=regnety_{size}"])
     with torch.device("meta"):
         trunk = build(config.model.trunk)
     names = {published.vissl_name(n, size == "10b"): t for n, t in trunk.state_dict().items()}
@@ -264,7 +264,7 @@ def test_a_hugging_face_classifier_has_its_head_listed_as_unused(tmp_path):
 def test_rotary_positions_are_refused_and_load_through_timm(tmp_path):
     config = transformers.DINOv3ViTConfig(**SIZES, num_attention_heads=2, intermediate_size=512)
     transformers.DINOv3ViTModel(config).save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="rotary positions.*model=timm"):
+    with pytest.raises(WeightsError, match=r"rotary positions.*model=timm"):
         load_trunk(tmp_path)
     metas = {
         "cls_token": torch.zeros(1, 1, 128),

@@ -21,12 +21,19 @@ class Batch:
         labels: int64 (b,), -1 where the source has none.
         colour: what is left to do to the views of each group, rows of `photometric_batch.pack`
             (count, b, columns) on the host; empty where the views are done.
+        on_host: the positions on the host, where `positions` are on another device; see `places`.
     """
 
     views: list[Tensor]
     positions: Tensor
     labels: Tensor
     colour: list[np.ndarray] = field(default_factory=list)
+    on_host: Tensor | None = None
+
+    @property
+    def places(self) -> list[int]:
+        """The positions as numbers; it waits for the device only where `on_host` is missing."""
+        return (self.positions if self.on_host is None else self.on_host).tolist()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -45,6 +52,7 @@ class Batch:
                 positions=self.positions[i : i + step],
                 labels=self.labels[i : i + step],
                 colour=[rows[:, i : i + step] for rows in self.colour],
+                on_host=None if self.on_host is None else self.on_host[i : i + step],
             )
             for i in range(0, len(self), step)
         ]
@@ -56,4 +64,5 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             colour=self.colour,
+            on_host=self.positions if self.on_host is None else self.on_host,
         )

@@ -1,9 +1,9 @@
-"""Block-wise masks of patches (BEiT, Bao et al. 2021, arXiv:2106.08254, algorithm 1), as in iBOT and
-DINOv2: rectangles are put onto the grid until a drawn share of it is covered.
+"""Block-wise masks of patches (BEiT, Bao et al. 2021, arXiv:2106.08254, algorithm 1), as in iBOT
+and DINOv2: rectangles are put onto the grid until a drawn share of it is covered.
 
-A mask is a function of (seed, place of the sample in the stream, crop) alone: the same on any number
-of ranks or micro-batches. DINOv2 draws the shares of a batch evenly spaced, which depends on the
-batch; here each is drawn by itself.
+A mask is a function of (seed, place of the sample in the stream, crop) alone: the same on any
+number of ranks or micro-batches. DINOv2 draws the shares of a batch evenly spaced, which depends on
+the batch; here each is drawn by itself.
 """
 
 from __future__ import annotations

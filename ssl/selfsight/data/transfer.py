@@ -160,6 +160,7 @@ class Transfer:
         if self._device.type != "cpu":  # blocking copies
             views = [view.to(self._device) for view in host.views]
             batch = Batch(views, host.positions.to(self._device), host.labels.to(self._device))
+            batch.on_host = host.positions
         if self._finish is not None:
             self._finish(batch.views, host)
         self.cursors, self.wait_seconds = self._loader.cursors, self._loader.wait_seconds
@@ -175,6 +176,7 @@ class Transfer:
         host = next(self._loader)
         views = [queue.send(view) for view in host.views]
         batch = Batch(views, queue.send(host.positions), queue.send(host.labels))
+        batch.on_host = host.positions
         self._copied = queue.mark()
         if self._finish is not None:
             with queue.running():

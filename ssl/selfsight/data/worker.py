@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections import deque
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from selfsight.data.ledger import Failure
 from selfsight.data.ring import Ring
 from selfsight.distributed.preempt import shielded
 
+STARTING = 60.0  # seconds that the imports of a new worker may take
 MOST_DEATHS = 5  # of one worker at one batch; more is not the fault of a sample
 
 # Workers are forked from a clean server process ("forkserver", the default of Python 3.14) instead
@@ -194,6 +196,7 @@ class Worker:
 
     def ask(self, slot: int) -> None:
         """Have it fill `slot` with the next batch."""
+        self._quiet = 0.0
         self._asked.append(slot)
         with contextlib.suppress(OSError):  # it is dead, which `receive` notices
             self.pipe.send(slot)
@@ -205,6 +208,7 @@ class Worker:
         except (EOFError, OSError):
             self._died()
             return
+        self._spoke, self._quiet = True, 0.0
         if isinstance(message, NoUsableSample):
             raise message
         if isinstance(message, _Error):
@@ -230,10 +234,19 @@ class Worker:
         return bool(self.done) or self.pipe.poll()
 
     def watch(self) -> None:
-        """End it if it has been at one sample for too long, and pass that sample over."""
+        """End it if it has been at one sample for too long, and pass that sample over; or if it
+        has shown no sign of life at all since somebody waits for it."""
         at = self._mark.read()
-        if at is None or not self._asked:
+        if not self._asked:
             return
+        if at is None:
+            most = self._limits.fetch_seconds
+            most = most if self._spoke else max(most, STARTING)
+            self._quiet = self._quiet or time.monotonic()
+            if time.monotonic() - self._quiet > most:
+                self._died()
+            return
+        self._quiet = 0.0
         position, phase, seconds = at
         decoding = phase == Mark.DECODING
         most = self._limits.decode_seconds if decoding else self._limits.fetch_seconds
@@ -248,6 +261,8 @@ class Worker:
         self.process.join()
 
     def _start(self) -> None:
+        self._spoke = False  # since it was started
+        self._quiet = 0.0  # when it was first seen doing nothing, 0 if it was not
         self._mark.clear()
         self.pipe, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(
@@ -271,10 +286,12 @@ class Worker:
             self.pipe.send(slot)
 
     def _died(self) -> None:
-        """It is gone: start another. The sample of a second death at one place is passed over."""
+        """It is gone, or as good as that: start another. The sample of a second death at one place
+        is passed over."""
         at = self._mark.read()
         position = -1 if at is None else at[0]
-        self.process.join(1.0)
+        if at is not None:
+            self.process.join(1.0)  # for its exit status
         code = self.process.exitcode
         again = position >= 0 and position in self._deaths
         self._deaths.append(position)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from selfsight.distributed.startup import meet
 
@@ -109,9 +109,8 @@ def join(
         os.environ[_INTERFACE] = _loopback_interface()
         _set_by_join.add(_INTERFACE)
     try:
-        store = None
-        if url.scheme == "tcp" and url.hostname in LOOPBACK:
-            store = _loopback_store(url.port or 0, world, limit)
+        store = _store(address, world, limit)
+        if store is not None:
             meet(store, rank, size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
@@ -168,10 +167,26 @@ def _loopback_interface() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
-def _loopback_store(port: int, world: World, timeout: timedelta) -> TCPStore:
-    """The store of `tcp://127.0.0.1:PORT`, which rank 0 serves on the loopback interface alone."""
+def _store(address: str, world: World, timeout: timedelta) -> Store | None:
+    """The store of `tcp://` and `env://` addresses, not yet waited for; None for others."""
+    url = urlsplit(address)
+    if url.scheme == "tcp":
+        return _tcp_store(url.hostname or "", url.port or 0, world, timeout, serve=world.main)
+    if url.scheme != "env":
+        return None
+    host, port = (os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdigit():
+        raise ValueError("MASTER_ADDR and MASTER_PORT are not both set; the launcher does that")
+    # torchrun serves the store itself, the same one for each of its restarts
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _tcp_store(host, int(port), world, timeout, serve=world.main and not agent)
+    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _tcp_store(host: str, port: int, world: World, timeout: timedelta, *, serve: bool) -> TCPStore:
+    """The store at HOST:PORT; one on the loopback interface is served there alone."""
     listener = None
-    if world.main:
+    if serve and host in LOOPBACK:
         server = socket.socket()
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -182,10 +197,10 @@ def _loopback_store(port: int, world: World, timeout: timedelta) -> TCPStore:
         server.listen(1024)
         listener = server.detach()
     return TCPStore(
-        LOOPBACK[0],
+        host,
         port,
         world.size,
-        is_master=world.main,
+        is_master=serve,
         timeout=timeout,
         wait_for_workers=False,
         master_listen_fd=listener,

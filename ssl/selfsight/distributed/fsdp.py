@@ -22,7 +22,15 @@ from torch.distributed.fsdp import register_fsdp_forward_method as register_forw
 from selfsight.distributed.env import World
 
 # Methods beside `forward` by which a method, and its trunk, may be called.
-FORWARDS = ("plan", "features")
+FORWARDS = (
+    "plan",
+    "features",
+    "forward_views",
+    "tokens",
+    "tokens_views",
+    "intermediate",
+    "attention",
+)
 
 
 def shard(

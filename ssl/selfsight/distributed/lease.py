@@ -16,6 +16,7 @@ between a check and the rename that follows it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -38,7 +39,7 @@ class LeaseRefused(ValueError):
     """Another run holds the folder; one sentence that names it."""
 
 
-class LostLease(RuntimeError):
+class LostLease(ValueError):
     """This run held the folder, and another has taken it: nothing more may be written."""
 
 
@@ -130,6 +131,7 @@ class Lease:
                 path.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
+        atexit.register(self.release)  # a start that is refused later on releases it too
         return notice
 
     def _released(self, holder: Holder) -> bool:
@@ -183,6 +185,7 @@ class Lease:
             return
         lost, thread = self._over.is_set(), self._thread
         self._thread = None
+        atexit.unregister(self.release)
         self._over.set()
         thread.join(5.0)
         if not lost:

@@ -159,13 +159,6 @@ class Watchdog:
         finally:
             self.enter(before, step)
 
-    def explain(self) -> str:
-        """Who is missing, in a sentence: for an error that a collective raised by itself, as gloo
-        does when a peer is gone. It takes a little more than a heartbeat."""
-        first = self._read()
-        time.sleep(min(GRACE - _READING, 1.5 * self.interval))
-        return diagnose(self.world.size, first, self._read())
-
     def close(self) -> None:
         """Stop watching; this rank's file says that it left."""
         if self._closed.is_set():

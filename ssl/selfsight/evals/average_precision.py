@@ -41,7 +41,9 @@ def interpolated_precision(scores: Tensor, targets: Tensor) -> float:
     recall = found / total
     precision = found / torch.arange(1, len(hits) + 1, device=hits.device)
     best = [
-        precision[recall >= r - 1e-12].max() if (recall >= r - 1e-12).any() else precision.new_zeros(())
+        precision[recall >= r - 1e-12].max()
+        if (recall >= r - 1e-12).any()
+        else precision.new_zeros(())
         for r in torch.linspace(0, 1, 11, dtype=torch.float64)
     ]
     return torch.stack(best).mean().item()

@@ -103,12 +103,17 @@ class ClassifierEvaluation:
         figures: dict[str, float] = {}
         if self.val is not None:
             images = self._images(self.val, keep=True)
-            with calibrated(method.trunk, lambda: self._warm(method)) if calibrate else evaluating(
-                method
+            with (
+                calibrated(method.trunk, lambda: self._warm(method))
+                if calibrate
+                else evaluating(method)
             ):
                 scores, labels, _ = self._scores(method, images)
             name, accuracy = max(
-                ((n, (s.argmax(1) == labels).float().mean().item() * 100) for n, s in scores.items()),
+                (
+                    (n, (s.argmax(1) == labels).float().mean().item() * 100)
+                    for n, s in scores.items()
+                ),
                 key=lambda item: item[1],
             )
             loss = F.cross_entropy(scores[name], labels).item()
@@ -172,14 +177,19 @@ class ClassifierEvaluation:
         figures = {
             "top1": intervals.accuracy(correct),
             "mean_per_class": intervals.mean_per_class(correct, labels),
-            "top5": intervals.accuracy((chosen.topk(min(5, self.classes), 1)[1] == labels[:, None]).any(1)),
+            "top5": intervals.accuracy(
+                (chosen.topk(min(5, self.classes), 1)[1] == labels[:, None]).any(1)
+            ),
         }
         if self.val is not None:
             figures["val_top1"] = Figure(float(facts["top1"]))
         if collectives.rank() == 0:
             self._write(asked, chosen, labels, rows, figures, facts, unread=len(asked) - len(rows))
         collectives.barrier()
-        return {"test_top1": figures["top1"].value, "test_mean_per_class": figures["mean_per_class"].value}
+        return {
+            "test_top1": figures["top1"].value,
+            "test_mean_per_class": figures["mean_per_class"].value,
+        }
 
     # ---------------------------------------------------------------------------------- files
 
@@ -205,7 +215,9 @@ class ClassifierEvaluation:
         top, predictions = scores.softmax(1).max(1)
         with (self.folder / "predictions.csv").open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(("key", "label", "prediction", "probability", "label_name", "prediction_name"))
+            table.writerow(
+                ("key", "label", "prediction", "probability", "label_name", "prediction_name")
+            )
             found = zip(rows, labels.tolist(), predictions.tolist(), top.tolist(), strict=True)
             for row, label, guess, sure in found:
                 key = asked.key(row)
@@ -236,7 +248,8 @@ class ClassifierEvaluation:
             "figures": {k: f.plain() for k, f in figures.items()},
             "protocol": f"{self.report.get('protocol', 'supervised training')}; {how}, "
             f"{len(rows):,} images of {kind}, central crop {self.size}",
-            "details": {"input": facts["input"], "run": str(self.folder)} | self.report.get("facts", {}),
+            "details": {"input": facts["input"], "run": str(self.folder)}
+            | self.report.get("facts", {}),
             "seconds": {"training": round(time.monotonic() - self._began, 1)},
             "suffix": self.report.get("suffix"),
             "image_size": self.size,
@@ -296,7 +309,9 @@ class ClassifierEvaluation:
     def _one(self, method: Method, images: Tensor | None = None) -> dict[str, Tensor]:
         classify: Any = getattr(method, "classify", None)
         if classify is None:
-            raise ValueError("eval.kind=classifier needs a method that classifies: method=supervised")
+            raise ValueError(
+                "eval.kind=classifier needs a method that classifies: method=supervised"
+            )
         if images is None:
             images = torch.zeros(1, self.pixels.channels, self.size, self.size, dtype=torch.uint8)
             with evaluating(method):

@@ -46,7 +46,9 @@ class Copies(Source):
         else:
             pixels = from_array(record.data, RGB)
         dice = np.random.Generator(np.random.Philox(key=[self.seed, index]))
-        copy = (weak_copy if self.strength == "weak" else strong_copy)(Image.fromarray(pixels), dice)
+        copy = (weak_copy if self.strength == "weak" else strong_copy)(
+            Image.fromarray(pixels), dice
+        )
         return Record(f"{self.strength}/{record.key}", copy, index)
 
     def fingerprint(self) -> str:
@@ -70,9 +72,9 @@ def strong_copy(image: Image.Image, dice: np.random.Generator) -> bytes:
         lambda x: x.rotate(dice.uniform(-25, 25), Image.Resampling.BILINEAR, fillcolor=(127,) * 3),
         lambda x: x.filter(ImageFilter.GaussianBlur(dice.uniform(0.01, 0.03) * min(width, height))),
         lambda x: _paint(x, dice),
-        lambda x: ImageEnhance.Color(ImageEnhance.Contrast(x).enhance(dice.uniform(0.5, 1.6))).enhance(
-            dice.uniform(0.0, 2.0)
-        ),
+        lambda x: ImageEnhance.Color(
+            ImageEnhance.Contrast(x).enhance(dice.uniform(0.5, 1.6))
+        ).enhance(dice.uniform(0.0, 2.0)),
         lambda x: x.convert("L").convert("RGB"),
         lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     ]

@@ -72,7 +72,9 @@ class CopyDetection(Evaluator):
         others = others[torch.arange(min(self.distractor_limit, len(others)))]
         originals, noise = self._describe(whole.part(chosen)), self._describe(whole.part(others))
         if self.distractors is not None:
-            more = bench.features(ImageFolder(self.distractors), "distractors", self.distractor_limit)
+            more = bench.features(
+                ImageFolder(self.distractors), "distractors", self.distractor_limit
+            )
             noise = torch.cat([noise, self._describe(more)])
         whitening = Whitening(noise, power=self.whiten_power) if self.whiten else None
         prepare = whitening or (lambda x: F.normalize(x, dim=1))
@@ -83,7 +85,9 @@ class CopyDetection(Evaluator):
             copies = Copies(source, strength, self.seed)
             asked = bench.features(copies, f"{strength} copies")
             cosines = prepare(self._describe(asked)) @ pool.T
-            own = asked.features.rows  # the row in the source of copies is the number of the original
+            own = (
+                asked.features.rows
+            )  # the row in the source of copies is the number of the original
             ranks = cosines.argsort(1, descending=True) == own[:, None]
             precisions = torch.tensor([ranking_precision(r) for r in ranks], dtype=torch.float64)
             figures[f"map_{strength}"] = intervals.bootstrap(

@@ -116,7 +116,9 @@ class Health(Evaluator):
         theta[:, 0, 0] = theta[:, 1, 1] = side
         theta[:, :, 2] = offset
         grid = F.affine_grid(theta, [b, 1, size, size], align_corners=False)
-        return F.grid_sample(images, grid.to(images.device), padding_mode="reflection", align_corners=False)
+        return F.grid_sample(
+            images, grid.to(images.device), padding_mode="reflection", align_corners=False
+        )
 
     def _prototypes(self, bench: Bench, features: Tensor) -> tuple[float, float] | None:
         """Share of the prototypes nearest to some image, and the entropy of that histogram over its
@@ -152,11 +154,16 @@ class Health(Evaluator):
 
 def _project(features: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """Features through a saved projection head, in evaluation mode."""
-    numbers = sorted({int(n.removeprefix(_HEAD).split(".")[0]) for n in weights if n.startswith(_HEAD)})
+    numbers = sorted(
+        {int(n.removeprefix(_HEAD).split(".")[0]) for n in weights if n.startswith(_HEAD)}
+    )
     linears = [n for n in numbers if weights[f"{_HEAD}{n}.weight"].ndim == 2]
     x = features
     for number in numbers:
-        own = {k: weights.get(f"{_HEAD}{number}.{k}") for k in ("weight", "bias", "running_mean", "running_var")}
+        own = {
+            k: weights.get(f"{_HEAD}{number}.{k}")
+            for k in ("weight", "bias", "running_mean", "running_var")
+        }
         weight, bias = own["weight"], own["bias"]
         assert weight is not None
         if weight.ndim == 2:

@@ -39,9 +39,7 @@ def evaluate(config: DictConfig, name: str, world: World) -> dict[str, Any]:
 
     began = time.monotonic()
     path = trunk_file(config.run, config.trunk, config.step)
-    subject = load_subject(
-        path, world.device, random_init=config.random_init, seed=config.seed
-    )
+    subject = load_subject(path, world.device, random_init=config.random_init, seed=config.seed)
     evaluators = {key: build(node) for key, node in config.eval.items()}
     for key, evaluator in evaluators.items():
         if not isinstance(evaluator, Evaluator):

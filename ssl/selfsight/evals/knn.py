@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfsight.evals import intervals
-from selfsight.trunks import vectors as layers
 from selfsight.evals.bench import Bench
 from selfsight.evals.evaluator import Answer, Evaluator
 from selfsight.evals.labelled import check_labelled, check_pair
 from selfsight.evals.subject import Subject
+from selfsight.trunks import vectors as layers
 
 
 class KNN(Evaluator):

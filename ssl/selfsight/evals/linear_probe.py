@@ -12,12 +12,12 @@ import torch
 
 from selfsight.data.sources.part import split_indices
 from selfsight.evals import intervals
-from selfsight.trunks import vectors as layers
 from selfsight.evals.bench import Bench
 from selfsight.evals.evaluator import Answer, Evaluator
 from selfsight.evals.heads_sweep import Standardizer, predict_heads, train_heads
 from selfsight.evals.labelled import Split, check_pair
 from selfsight.evals.subject import Subject
+from selfsight.trunks import vectors as layers
 
 # DINOv2's, per 256 images
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from selfsight.data.sources.part import split_indices
 from selfsight.evals import intervals
-from selfsight.trunks import vectors as layers
 from selfsight.evals.bench import Bench
 from selfsight.evals.evaluator import Answer, Evaluator
 from selfsight.evals.heads_sweep import Standardizer
 from selfsight.evals.labelled import check_pair
 from selfsight.evals.subject import Subject
+from selfsight.trunks import vectors as layers
 
 
 class LogisticRegression(Evaluator):

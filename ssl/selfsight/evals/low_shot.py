@@ -90,7 +90,12 @@ class LowShot(Evaluator):
                     if kind == "knn":
                         k = min(self.neighbours, int(torch.bincount(few.labels).max()))
                         guess = knn_predict(
-                            x, y, queries, neighbours=k, temperature=self.temperature, classes=classes
+                            x,
+                            y,
+                            queries,
+                            neighbours=k,
+                            temperature=self.temperature,
+                            classes=classes,
                         )
                     else:
                         guess, c = self._linear(x, y, queries, classes, seed)

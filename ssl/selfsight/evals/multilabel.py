@@ -86,11 +86,15 @@ class MultiLabel(Evaluator):
         for kind in self.classifiers:
             x, queries = features[kind](train.take(self.layer), test.take(self.layer))
             x, queries = x.to(bench.device), queries.to(bench.device)
-            scores, chosen = self._fit_chosen(kind, x, targets.to(bench.device), queries, bench.seed)
+            scores, chosen = self._fit_chosen(
+                kind, x, targets.to(bench.device), queries, bench.seed
+            )
             figures[f"map_{kind}"] = self._figure(scores.cpu(), answers)
             details[f"C_{kind}"] = chosen
         details["classes"] = {
-            train.class_name(n): round(100 * self.precision(scores.cpu()[judged, n], column[judged]), 2)
+            train.class_name(n): round(
+                100 * self.precision(scores.cpu()[judged, n], column[judged]), 2
+            )
             for n, column in enumerate(answers.T)
             if (judged := column >= 0).any() and (column > 0).any()
         }
@@ -110,7 +114,9 @@ class MultiLabel(Evaluator):
         self, kind: str, x: Tensor, targets: Tensor, queries: Tensor, seed: int
     ) -> tuple[Tensor, list[float]]:
         """Scores of the queries (n, classes), with C of each class chosen on held-out images."""
-        fit, held = map(torch.from_numpy, split_indices(len(x), (1 - self.holdout, self.holdout), seed))
+        fit, held = map(
+            torch.from_numpy, split_indices(len(x), (1 - self.holdout, self.holdout), seed)
+        )
         found = []
         for c in self.costs:
             weight, bias = fit_binary(kind, x[fit], targets[fit], c, iterations=self.iterations)
@@ -163,7 +169,9 @@ class MultiLabel(Evaluator):
 
     def _figure(self, scores: Tensor, targets: Tensor) -> Figure:
         def mean(rows: Tensor) -> float:
-            return 100 * float(torch.tensor(self._precisions(scores[rows], targets[rows])).nanmean())
+            return 100 * float(
+                torch.tensor(self._precisions(scores[rows], targets[rows])).nanmean()
+            )
 
         return intervals.bootstrap(len(scores), mean, over="images")
 

@@ -47,8 +47,12 @@ PUBLISHED = (
     Published("SwAV RegNetY-16GF", "linear_crops", "imagenet", 76.15, _SEER),
     Published("SEER RegNetY-128GF, 384 px", "finetune", "imagenet", 83.8, "SEER, arXiv:2103.01988"),
     Published("SEER RegNetY-256GF, 384 px", "finetune", "imagenet", 84.2, "SEER, arXiv:2103.01988"),
-    Published("SEER RegNetY-256GF, 10 %", "low_shot_finetune", "imagenet", 77.9, "SEER, arXiv:2103.01988"),
-    Published("SEER RegNetY-128GF, 10 %", "low_shot_finetune", "imagenet", 76.7, "SEER, arXiv:2103.01988"),
+    Published(
+        "SEER RegNetY-256GF, 10 %", "low_shot_finetune", "imagenet", 77.9, "SEER, arXiv:2103.01988"
+    ),
+    Published(
+        "SEER RegNetY-128GF, 10 %", "low_shot_finetune", "imagenet", 76.7, "SEER, arXiv:2103.01988"
+    ),
 )
 
 

@@ -167,7 +167,9 @@ class _GroundTruth:
             for kind in ("positive", "junk"):
                 lost = [k for k in entry.get(kind, ()) if k not in places]
                 if lost:
-                    raise ValueError(f"{path}: {lost[0]}, {kind} for {key}, is not in {database.name}")
+                    raise ValueError(
+                        f"{path}: {lost[0]}, {kind} for {key}, is not in {database.name}"
+                    )
                 both.append([places[k] for k in entry.get(kind, ())])
             self._sets.append((both[0], both[1]))
 

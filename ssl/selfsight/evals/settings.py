@@ -120,7 +120,9 @@ def short_name(data: DictConfig) -> str:
 
 def _data_of_the_run(config: DictConfig) -> Any:
     if config.run is None:
-        raise ConfigError("say on which images: data=cifar10, data=class_folders data.path=..., ...")
+        raise ConfigError(
+            "say on which images: data=cifar10, data=class_folders data.path=..., ..."
+        )
     file = Path(config.run).expanduser() / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{file} is not there, so it is not known on which images: give data=...")

@@ -48,7 +48,10 @@ class Starter:
                 "eval.at_checkpoints evaluates the trunks that checkpoint.keep_every exports: set it"
             )
         self.folder, self._every = folder, every
-        self.at_end, self.at_checkpoints = list(config.eval.at_end), list(config.eval.at_checkpoints)
+        self.at_end, self.at_checkpoints = (
+            list(config.eval.at_end),
+            list(config.eval.at_checkpoints),
+        )
         chosen = str(config.cluster.chosen or config.cluster.kind)
         self.submits = chosen.startswith("slurm")
         self._main = main
@@ -88,20 +91,33 @@ class Starter:
     def command(self, names: Sequence[str], step: int | None) -> list[str]:
         """The command line that evaluates the run."""
         command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"eval={','.join(names)}"]
-        command += [f"run={self.folder.absolute()}", f"cluster={'slurm' if self.submits else 'local'}"]
+        command += [
+            f"run={self.folder.absolute()}",
+            f"cluster={'slurm' if self.submits else 'local'}",
+        ]
         return command if step is None else [*command, f"step={step}"]
 
     def _start(self, names: Sequence[str], step: int | None) -> None:
         what = f"{', '.join(names)}{'' if step is None else f' at step {step}'}"
         # the evaluation joins no world of this run's
-        ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        ours = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
         environ = {
             k: v
             for k, v in os.environ.items()
-            if k not in ours and not k.startswith(("SELFSIGHT_JOB", "SELFSIGHT_RESTART", "SELFSIGHT_MEET"))
+            if k not in ours
+            and not k.startswith(("SELFSIGHT_JOB", "SELFSIGHT_RESTART", "SELFSIGHT_MEET"))
         }
         environ["PYTHONPATH"] = str(ROOT / "ssl")
-        done = subprocess.run(self.command(names, step), env=environ, capture_output=True, text=True)
+        done = subprocess.run(
+            self.command(names, step), env=environ, capture_output=True, text=True
+        )
         if done.returncode:
             words = (done.stderr or done.stdout).strip().splitlines()
             print(f"evaluation {what} did not go well: {words[-1] if words else done.returncode}")

@@ -31,8 +31,8 @@ from selfsight.data.evaluation import read_images
 from selfsight.data.ledger import Failure
 from selfsight.data.sources.source import Source
 from selfsight.distributed import collectives
-from selfsight.trunks.vectors import vectors
 from selfsight.evals.subject import Subject
+from selfsight.trunks.vectors import vectors
 
 FORMAT = 1
 _SAMPLED = 64  # images whose bytes go into the digest of a source
@@ -257,9 +257,7 @@ class _Reader:
                 ahead = None if following is None else pool.submit(self._read, following)
                 yield batch
 
-    def _read(
-        self, indices: Sequence[int]
-    ) -> tuple[Tensor, np.ndarray, np.ndarray, list[Failure]]:
+    def _read(self, indices: Sequence[int]) -> tuple[Tensor, np.ndarray, np.ndarray, list[Failure]]:
         images, labels, failures = read_images(
             self.source,
             indices,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from selfsight.build import build
 from selfsight.data.pixels import PixelFormat
-from selfsight.distributed.payload import read_header
+from selfsight.distributed.payload import read_header, write_tensors
 from selfsight.trunks.trunk import Trunk
+from selfsight.weights.load import load_trunk
 
 
 @dataclass
@@ -96,7 +97,7 @@ def trunk_file(run: str | None, trunk: str | None, step: int | None) -> Path:
 
 
 def load_subject(path: Path, device: torch.device, *, random_init: bool, seed: int) -> Subject:
-    """Load a trunk that a run has exported.
+    """Load a trunk that a run has exported, or one of any layout that `selfsight.weights` reads.
 
     Args:
         random_init: leave its weights as initialised with `seed`, to compare with.
@@ -104,8 +105,10 @@ def load_subject(path: Path, device: torch.device, *, random_init: bool, seed: i
     Raises:
         ValueError: the file holds no trunk of ours, or one that does not fit; one sentence.
     """
-    node, pixels, facts = read_description(path)
     torch.manual_seed(seed)
+    if not is_ours(path):
+        return _load_foreign(path, device, random_init)
+    node, pixels, facts = read_description(path)
     trunk: Trunk = build(node)
     if not random_init:
         try:
@@ -119,9 +122,55 @@ def load_subject(path: Path, device: torch.device, *, random_init: bool, seed: i
             raise ValueError(f"the weights of {path} do not fit its own trunk: {reason}") from None
     facts = {**facts, "file": path.name, "random_init": random_init}
     form = PixelFormat(pixels["channels"], pixels["bits"])
+    return Subject(trunk.to(device).eval(), node, pixels["mean"], pixels["std"], form, path, facts)
+
+
+def _load_foreign(path: Path, device: torch.device, random_init: bool) -> Subject:
+    """A trunk in any of the layouts that `selfsight.weights` reads."""
+    loaded = load_trunk(path)
+    node, trunk = dict(loaded.found.node), loaded.trunk
+    if random_init:
+        trunk.init_weights()
+    facts = {"run": None, "step": -1, "file": path.name, "random_init": random_init}
     return Subject(
-        trunk.to(device).eval(), node, pixels["mean"], pixels["std"], form, path, facts
+        trunk.to(device).eval(),
+        node,
+        list(loaded.mean),
+        list(loaded.std),
+        PixelFormat(len(loaded.mean), 8),
+        path,
+        facts | {"layout": loaded.description},
     )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file says which trunk of ours it holds."""
+    try:
+        _, metadata = read_header(path)
+    except (OSError, ValueError):
+        return False
+    return "trunk" in metadata and "pixels" in metadata
+
+
+def as_ours(path: Path, folder: Path) -> Path:
+    """`path`, or for a file of another layout, the same trunk written as ours into `folder`."""
+    if is_ours(path):
+        return path
+    found = _load_foreign(path, torch.device("cpu"), False)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{path.stem}.safetensors"
+    pixels = {"channels": found.pixels.channels, "bits": 8, "mean": found.mean, "std": found.std}
+    write_tensors(
+        place,
+        found.trunk.state_dict(),
+        {
+            "format": "pt",
+            "trunk": json.dumps(found.node),
+            "pixels": json.dumps(pixels),
+            "step": "-1",
+        },
+    )
+    return place
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -99,5 +99,7 @@ def write_subset(folder: Path, source: str, subset: Subset) -> Path:
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{source}-{subset.name}")
     content = {"source": source, "subset": subset.name, "images": len(subset.keys)}
     path = folder / f"{name}.json"
-    write_whole(path, json.dumps(content | {"sha256": digest, "keys": subset.keys}, indent=0) + "\n")
+    write_whole(
+        path, json.dumps(content | {"sha256": digest, "keys": subset.keys}, indent=0) + "\n"
+    )
     return path

@@ -172,7 +172,9 @@ def html_table(table: Table) -> str:
     lines = ['<div class="card scroll"><table>', row(("trunk", *names), "th")]
     best = {
         column: max(
-            (cells[column].figure(column.figure).value for cells in table.rows.values() if column in cells)
+            cells[column].figure(column.figure).value
+            for cells in table.rows.values()
+            if column in cells
         )
         for column in table.columns
     }
@@ -194,7 +196,10 @@ def html_table(table: Table) -> str:
     if published := _published(table):
         lines += ['<h2>Published</h2><div class="card scroll"><table>']
         lines += [row(("model", "column", "value", "source"), "th")]
-        lines += [row((html.escape(m), html.escape(c), str(v), html.escape(s))) for m, c, v, s in published]
+        lines += [
+            row((html.escape(m), html.escape(c), str(v), html.escape(s)))
+            for m, c, v, s in published
+        ]
         lines += ["</table></div>"]
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ from selfsight.data.sources.part import labels_of
 from selfsight.evals.bench import cut
 from selfsight.evals.evaluator import TrainingEvaluator, TrainingRun
 from selfsight.evals.settings import short_name
-from selfsight.evals.subject import read_description, trunk_file
+from selfsight.evals.subject import as_ours, read_description, trunk_file
 from selfsight.evals.subsets import Amount, Subset, subsets, write_subset
 
 
@@ -83,7 +83,7 @@ def plan_runs(config: DictConfig, name: str, node: DictConfig) -> list[tuple[Dic
     """
     evaluator = build(node)
     assert isinstance(evaluator, TrainingEvaluator)
-    path = trunk_file(config.run, config.trunk, config.step)
+    path = as_ours(trunk_file(config.run, config.trunk, config.step), Path(config.out) / "trunk")
     trunk, pixels, facts = read_description(path)
     out = Path(config.out)
     scratch = config.random_init or getattr(evaluator, "from_scratch", False)
@@ -151,7 +151,9 @@ def _write_subsets(data: DictConfig, evaluator: Any, out: Path) -> dict[tuple[st
         found[("test", 0)] = str(write_subset(folder, source.name, held))
     for seed in range(evaluator.subset_seeds):
         keys = [source.key(int(i)) for i in places]
-        cuts = subsets(labels[places], evaluator.images, seed=seed, names=source.classes, what=source.name)
+        cuts = subsets(
+            labels[places], evaluator.images, seed=seed, names=source.classes, what=source.name
+        )
         for amount, indices in zip(evaluator.images, cuts, strict=True):
             subset = Subset(f"{amount.tag}-subset{seed}", [keys[i] for i in indices])
             found[(str(amount), seed)] = str(write_subset(folder, source.name, subset))

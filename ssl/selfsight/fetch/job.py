@@ -105,8 +105,7 @@ class FetchJob:
             self._reader.shutdown()
             self._progress.close()
             lock.close()
-        if self._settings.progress:
-            print(table(report), flush=True)
+        print(table(report), flush=True)
         return report
 
     async def _run(self) -> dict[str, Any]:

@@ -43,9 +43,7 @@ class Targets(nn.Module):
     ) -> None:
         super().__init__()
         if centring not in CENTRINGS:
-            raise ValueError(
-                f"method.centring={centring} is not one of {', '.join(CENTRINGS)}"
-            )
+            raise ValueError(f"method.centring={centring} is not one of {', '.join(CENTRINGS)}")
         self.centring, self.momentum, self.iterations = centring, momentum, iterations
         self.register_buffer("centre", torch.zeros(prototypes))
         self._sums: list[Tensor] = []  # (K + 1): sums and number of the scores of a micro-batch
@@ -67,8 +65,9 @@ class Targets(nn.Module):
                 flat,
                 epsilon=temperature,
                 iterations=self.iterations,
-                # the true number may differ from this between ranks; it cancels
-                global_samples=max(1, flat.shape[1] * collectives.size()),
+                # The true number, of all ranks, cancels; what stands for it must be the same on all,
+                # and the number of masked patches is not.
+                global_samples=flat.shape[2],
                 sum_over_ranks=collectives.all_reduce_sum,
             )
             return codes.view(scores.shape)

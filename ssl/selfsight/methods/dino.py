@@ -90,7 +90,9 @@ class DINO(TeacherStudent):
         views = [self.normalize_pixels(v) for v in batch.views]
         if plan is None:
             scores, seen = self.teach(views[0])
-            targets = self.targets(scores.unflatten(0, batch.views[0].shape[:2]), self.temperature(now))
+            targets = self.targets(
+                scores.unflatten(0, batch.views[0].shape[:2]), self.temperature(now)
+            )
         else:
             targets, seen = plan
         features = self.student_trunk.forward_views(views)  # [size] (V * b, width)

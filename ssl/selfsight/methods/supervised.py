@@ -176,7 +176,9 @@ class Supervised(Method):
 
     # ------------------------------------------------------------------------------- forward
 
-    def forward(self, batch: Batch, now: Now, plan: None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, now: Now, plan: None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images = torch.cat([views.flatten(0, 1) for views in batch.views])
         views = sum(v.shape[0] for v in batch.views)
         labels = batch.labels.repeat(views)
@@ -275,6 +277,8 @@ def _first_layer(run: str) -> dict[str, Tensor]:
         found = {}
         for name in names:
             dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
-            found[name.removeprefix(prefix)] = torch.empty(reader.shapes[name], dtype=dtype, device="cpu")
+            found[name.removeprefix(prefix)] = torch.empty(
+                reader.shapes[name], dtype=dtype, device="cpu"
+            )
             reader.fill(name, found[name.removeprefix(prefix)])
     return found

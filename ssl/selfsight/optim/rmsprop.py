@@ -90,7 +90,9 @@ class RMSprop(Optimizer):
             torch._foreach_addcdiv_(new_velocities, gradients, roots, group["lr"])
             if bad is not None:
                 keep = bad > 0
-                new_squares = [torch.where(keep, a, b) for a, b in zip(squares, new_squares, strict=True)]
+                new_squares = [
+                    torch.where(keep, a, b) for a, b in zip(squares, new_squares, strict=True)
+                ]
                 new_velocities = [
                     torch.where(keep, a, b) for a, b in zip(velocities, new_velocities, strict=True)
                 ]

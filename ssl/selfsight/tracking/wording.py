@@ -18,8 +18,9 @@ def latest_figure(figures: Mapping[str, Any]) -> str:
             return f"{figures[key]:.1f} % of {'test' if key == 'test_top1' else 'val'}"
     if "knn_top1" in figures:
         return f"k-NN {figures['knn_top1']:.1f} %"
-    if "knn_top1_random_init" in figures:
-        return f"k-NN {figures['knn_top1_random_init']:.1f} % (random)"
+    for suffix, word in (("_random_init", "random"), ("_start", "start")):
+        if f"knn_top1{suffix}" in figures:
+            return f"k-NN {figures[f'knn_top1{suffix}']:.1f} % ({word})"
     return f"rank {figures['rank']:.1f}" if "rank" in figures else ""
 
 
@@ -38,6 +39,13 @@ def figures_text(figures: Mapping[str, float]) -> str:
     )
 
 
+BEGINNINGS = {
+    "_random_init": "at random initialisation",
+    "_start": "with the weights of trunk.init",
+}
+"""What figures measured before the first update are of, by what their names end with."""
+
+
 def comparison(figures: Mapping[str, Any]) -> str:
     """The run's last line: what it ended with beside what it began with."""
     if "test_top1" in figures:
@@ -45,16 +53,18 @@ def comparison(figures: Mapping[str, Any]) -> str:
             f"accuracy on test: {figures['test_top1']:.1f} %, mean over classes "
             f"{figures['test_mean_per_class']:.1f} %"
         )
-    if "knn_top1" in figures:
-        end, begin = figures["knn_top1"], figures["knn_top1_random_init"]
-        return (
-            f"k-NN top-1: {begin:.1f} % at random initialisation -> {end:.1f} % after pretraining "
-            f"({end - begin:+.1f} points)"
-        )
     if "rank" not in figures:
         return "no evaluation"
+    suffix = next(s for s in BEGINNINGS if f"rank{s}" in figures)
+    where = BEGINNINGS[suffix]
+    if "knn_top1" in figures:
+        end, begin = figures["knn_top1"], figures[f"knn_top1{suffix}"]
+        return (
+            f"k-NN top-1: {begin:.1f} % {where} -> {end:.1f} % after pretraining "
+            f"({end - begin:+.1f} points)"
+        )
     return (
-        f"no labels, so no k-NN: rank {figures['rank_random_init']:.1f} at random initialisation "
-        f"-> {figures['rank']:.1f}, uniformity {figures['uniformity_random_init']:.2f} -> "
+        f"no labels, so no k-NN: rank {figures[f'rank{suffix}']:.1f} {where} "
+        f"-> {figures['rank']:.1f}, uniformity {figures[f'uniformity{suffix}']:.2f} -> "
         f"{figures['uniformity']:.2f}"
     )

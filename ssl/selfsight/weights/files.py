@@ -10,6 +10,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,11 +145,12 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that others wrote
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if match := re.search(r"(?:GLOBAL|global:?) `?([\w.]+)", text):
+        if match := re.search(r"GLOBAL ([\w.]+)", text):
             raise WeightsError(
                 f"{path} holds Python objects beside its tensors ({match.group(1)}); nothing of it "
                 "was run: save its state_dict alone, as safetensors, where it comes from"

@@ -6,6 +6,7 @@ are there is taken. A layout says how its names become ours, and what its shapes
 normalisation, the interpolation of positions, a licence that binds.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -74,6 +75,24 @@ LAYOUTS = (
         "regnet",
         ("stem.conv.weight", "s1.b1.conv1.conv.weight"),
         names.regnet_timm,
+    ),
+    Layout(
+        "Hugging Face RegNet",
+        "regnet",
+        (
+            "embedder.embedder.convolution.weight",
+            "encoder.stages.0.layers.0.layer.2.attention.0.weight",
+        ),
+        names.regnet_hugging_face,
+    ),
+    Layout(
+        "Hugging Face ResNet",
+        "resnet",
+        (
+            "embedder.embedder.convolution.weight",
+            "encoder.stages.0.layers.0.layer.1.convolution.weight",
+        ),
+        names.resnet_hugging_face,
     ),
     Layout("ResNet", "resnet", ("conv1.weight", "layer1.0.conv2.weight"), names.resnet),
     Layout("ViT", "vit", ("patch_embed.proj.weight", "cls_token"), names.vit),
@@ -234,8 +253,8 @@ def _found(
     elif layout.name == "ViT":
         name = _vit_name(rest | others, inner, prefix)
     licence = SEER_LICENCE if layout.name == "VISSL RegNet" else None
-    for key in ("license", "licence"):
-        licence = str(file.metadata.get(key) or file.config.get(key) or "") or licence
+    for place in (file.config, file.metadata):
+        licence = str(place.get("license") or place.get("licence") or "") or licence
     return Found(
         layout=name,
         family=layout.family,
@@ -285,14 +304,16 @@ def _vit_hints(
         registers = "register_tokens" in tensors
         hints["position_antialias"] = timm or registers
         hints["position_offset"] = 0.0 if timm or registers else 0.1
-    if heads := config.get("num_attention_heads", file.metadata.get("heads")):
+    if heads := config.get("num_attention_heads"):
         hints["heads"] = int(heads)
-    return hints
+    return hints | json.loads(file.metadata.get("vit", "{}"))  # of a file that we wrote
 
 
 def _pixels(file: WeightFile, layout: Layout) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and deviation that the weights expect, and where that is known from."""
+    own = {k: json.loads(file.metadata[k]) for k in ("mean", "std") if k in file.metadata}
     known = [
+        (own, "mean", "std", "the file"),
         (file.preprocessor, "image_mean", "image_std", "preprocessor_config.json"),
         (file.config.get("pretrained_cfg", {}), "mean", "std", "config.json"),
     ]

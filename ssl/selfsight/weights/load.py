@@ -100,10 +100,11 @@ def find(file: WeightFile, prefer: str = "teacher") -> Found:
     try:
         return detect(file, prefer)
     except WeightsError:
-        name = file.config.get("architecture")
+        name = file.config.get("architecture", file.metadata.get("architecture"))
         if not isinstance(name, str):
             raise
-        node = {"_target_": "selfsight.trunks.libraries.TimmTrunk", "name": name}
+        kind = file.metadata.get("library", "TimmTrunk")
+        node = {"_target_": f"selfsight.trunks.libraries.{kind}", "name": name}
         pretrained = file.config.get("pretrained_cfg") or {}
         mean, std = (
             tuple(pretrained.get(k, v)) for k, v in zip(("mean", "std"), IMAGENET, strict=True)
@@ -224,6 +225,9 @@ def _image_size(file: WeightFile, found: Found) -> int:
     pretrained = file.config.get("pretrained_cfg") or {}
     if size is None and isinstance(shape := pretrained.get("input_size"), list):
         size = shape[-1]
+    crop = file.preprocessor.get("crop_size")
+    if size is None and isinstance(crop, Mapping):
+        size = crop.get("height")
     return int(size or 224)
 
 

@@ -102,6 +102,34 @@ def regnet_timm(tensors: Mapping[str, Tensor]) -> Tensors:
     return out
 
 
+_CONVOLUTION = {"convolution": "0", "normalization": "1"}
+_HF_REGNET = {
+    "layer.0": "f.a",
+    "layer.1": "f.b",
+    "layer.3": "f.c",
+    "layer.2.attention.0": "f.se.fc1",
+    "layer.2.attention.2": "f.se.fc2",
+    "shortcut": "proj",
+}
+
+
+def regnet_hugging_face(tensors: Mapping[str, Tensor]) -> Tensors:
+    out: Tensors = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"embedder\.embedder\.(\w+)\.(\w+)", name):
+            out[f"stem.{_CONVOLUTION[match[1]]}.{match[2]}"] = tensor
+        elif match := re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.(.+)\.(\w+)", name):
+            stage, block, part, leaf = match.groups()
+            place = f"trunk_output.block{int(stage) + 1}.block{int(stage) + 1}-{block}"
+            if part in _HF_REGNET:
+                out[f"{place}.{_HF_REGNET[part]}.{leaf}"] = tensor
+                continue
+            part, _, kind = part.rpartition(".")
+            if part in _HF_REGNET and kind in _CONVOLUTION:
+                out[f"{place}.{_HF_REGNET[part]}.{_CONVOLUTION[kind]}.{leaf}"] = tensor
+    return out
+
+
 # ---------------------------------------------------------------------------------------- ResNet
 
 _RESNET = [
@@ -113,6 +141,22 @@ _RESNET = [
 def resnet(tensors: Mapping[str, Tensor]) -> Tensors:
     """torchvision's, timm's, SwAV's and VISSL's."""
     return renamed(tensors, _RESNET)
+
+
+def resnet_hugging_face(tensors: Mapping[str, Tensor]) -> Tensors:
+    out: Tensors = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"embedder\.embedder\.(\w+)\.(\w+)", name):
+            out[f"{'conv1' if match[1] == 'convolution' else 'bn1'}.{match[2]}"] = tensor
+        elif match := re.fullmatch(
+            r"encoder\.stages\.(\d)\.layers\.(\d+)\.(layer\.\d|shortcut)\.(\w+)\.(\w+)", name
+        ):
+            stage, block, part, kind, leaf = match.groups()
+            ours = f"downsample.{_CONVOLUTION[kind]}"
+            if part != "shortcut":
+                ours = f"{'conv' if kind == 'convolution' else 'bn'}{int(part[-1]) + 1}"
+            out[f"layer{int(stage) + 1}.{block}.{ours}.{leaf}"] = tensor
+    return out
 
 
 # ------------------------------------------------------------------------------------------- ViT

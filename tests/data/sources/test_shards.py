@@ -303,6 +303,16 @@ def test_mistakes_are_one_sentence(tmp_path: Path):
             )
 
 
+def test_an_excerpt_of_shards_that_cannot_be_opened_says_why(tmp_path: Path):
+    for n in range(4):
+        write(tmp_path / f"{n}.tar", shard(n, 2))
+    source = TarShards(str(tmp_path), whole_index=False)
+    for n in range(4):
+        (tmp_path / f"{n}.tar").unlink()
+    with pytest.raises(ValueError, match=r"no shard of 4 can be opened \(.*0\.tar is not there"):
+        source.excerpt(8)
+
+
 def test_real_shards(sets: Path):
     train = TarShards(str(sets / "caltech101" / "train-{000000..000002}.tar"))
     assert len(train) == 2987

@@ -163,6 +163,9 @@ class Excerpt(Source):
     """At most `limit` images of another source, evenly spread, without needing its length.
 
     Of a source of large shards they come from no more than `most_shards` of these.
+
+    Raises:
+        ValueError: none of these can be opened.
     """
 
     def __init__(self, source: Source, limit: int, most_shards: int = 8) -> None:
@@ -171,16 +174,24 @@ class Excerpt(Source):
         shards, pieces = source.founders or source.shards(), source.pieces
         self._places: list[tuple[int, int, int]] = []
         chosen = min(shards, limit if source.flat else most_shards)
+        problem: OSError | None = None
+        away = 0
         for n in range(chosen):
             shard = n * shards // chosen
             share = (n + 1) * limit // chosen - n * limit // chosen
             try:
                 lengths = [source.length(shard, piece) for piece in range(pieces)]
-            except OSError:
+            except OSError as error:
+                problem = problem or error
+                away += not isinstance(error, Gone)
+                if away == 2 and not self._places:
+                    break  # the store itself, most likely: each would cost all retries
                 continue
             everything = [(shard, p, m) for p, length in enumerate(lengths) for m in range(length)]
             share = min(share, len(everything))
             self._places += [everything[k * len(everything) // share] for k in range(share)]
+        if problem is not None and not self._places:
+            raise ValueError(f"{self.name}: no shard of {shards:,} can be opened ({problem}).")
 
     def __len__(self) -> int:
         return len(self._places)

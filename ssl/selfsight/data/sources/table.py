@@ -72,7 +72,9 @@ class TableImages(Source):
         numbers = {name: number for number, name in enumerate(self.classes)}
         judged = columns.get(judged_column, None) if judged_column else None
         if judged_column and judged is None:
-            raise ValueError(f"{table} has no column {judged_column!r}: it has {', '.join(columns)}.")
+            raise ValueError(
+                f"{table} has no column {judged_column!r}: it has {', '.join(columns)}."
+            )
         sets: list[list[tuple[int, int]]] = [[] for _ in first]
         for row, (path, names) in enumerate(zip(paths, cells, strict=True)):
             value = 1 if judged is None or judged[row].strip().lower() not in _FALSE else 0
@@ -134,7 +136,9 @@ def _read(file: Path) -> dict[str, list[str]]:
             raise ValueError(f"the table {file} cannot be read: {error}.") from None
         join = "\n".join
         return {
-            name: ["" if v is None else join(map(str, v)) if isinstance(v, list) else str(v) for v in c]
+            name: [
+                "" if v is None else join(map(str, v)) if isinstance(v, list) else str(v) for v in c
+            ]
             for name, c in found.items()
         }
     if file.suffix not in (".csv", ".tsv"):
