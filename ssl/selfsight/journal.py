@@ -31,7 +31,7 @@ from selfsight.runtime import used_memory
 from selfsight.state import TrainState
 from selfsight.tracking.console import Console, duration
 from selfsight.tracking.export import trunk_metadata
-from selfsight.tracking.folder import RunFolder
+from selfsight.tracking.folder import OWN_FILES, RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
@@ -53,9 +53,6 @@ FREE = (
     "method.classes",  # counted where it is "auto"
 )  # fmt: skip
 
-# What a run's folder may hold before the run has written its configuration.
-OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
-OWN_FILES |= {"lease.json"}
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfsight.pages.parts import document
 from selfsight.evals.intervals import Figure, repeated
 from selfsight.evals.published import beside
 from selfsight.evals.reporting import read_results
+from selfsight.pages.parts import document
 
 
 @dataclass(frozen=True)
