@@ -63,6 +63,7 @@ def test_memory_is_that_of_a_real_update(more):
     assert found.gradients == 4 * found.trained
 
 
+@pytest.mark.slow
 def test_sharding_divides_the_states():
     whole = rehearse(configured(*REGNET), 4, 4)
     shared = rehearse(configured(*REGNET, "strategy=fsdp"), 4, 4)
