@@ -1,6 +1,7 @@
 """What is planned, against closed forms and real updates."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_sharding_divides_the_states():
 
 
 def a_rehearsal(**more) -> Rehearsal:
-    plain = {"weights": 4, "gradients": 4, "optimizer": 4, "peak": 28, "ranks": 8, "images": 16}
-    plain |= {"parts": 1, "macs": {"convolutions": 500}, **more}
+    plain: dict[str, Any] = {"weights": 4, "gradients": 4, "optimizer": 4, "peak": 28}
+    plain |= {"ranks": 8, "images": 16, "parts": 1, "macs": {"convolutions": 500}, **more}
     return Rehearsal(**plain)
 
 
