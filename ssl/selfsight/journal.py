@@ -4,8 +4,6 @@ The loop calls it at set moments and stays free of formatting. Only the main ran
 what is a collective is called by all.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from selfsight import recovery
-from selfsight.config import ConfigError, flat, flat_tree, published
+from selfsight.config import ConfigError, published
 from selfsight.data.sources.source import Source
 from selfsight.distributed import checkpoint, collectives
 from selfsight.distributed.async_save import Saver
@@ -29,6 +27,7 @@ from selfsight.recovery import GO_ON, Decision, Guard
 from selfsight.report.reporter import Reporter
 from selfsight.runtime import used_memory
 from selfsight.state import TrainState
+from selfsight.tracking import binding
 from selfsight.tracking.console import Console, duration
 from selfsight.tracking.export import trunk_metadata
 from selfsight.tracking.folder import OWN_FILES, RunFolder
@@ -36,22 +35,6 @@ from selfsight.tracking.judge import Judge
 from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
 from selfsight.tracking.wording import BEGINNINGS, comparison, figures_text, latest_figure
-
-# What follows from the run's length, which may change, unless it was given by hand.
-FOLLOWING = (
-    "schedule.warmup_steps", "schedule.lr.warmup_steps",
-    "method.teacher_temperature_warmup_steps", "method.freeze_last_layer_steps",
-)  # fmt: skip
-# What may differ when a run goes on: where and how it runs and reports, and how long.
-FREE = (
-    "name", "runs_dir", "device", "deterministic", "gpus", "images", "epochs", "steps", "resume",
-    "schedule.lr.steps", "schedule.weight_decay.steps",
-    *FOLLOWING, "checkpoint.", "loader.workers",
-    "loader.prefetch", "loader.max_bad_share", "loader.decode_seconds", "loader.fetch_seconds",
-    "loader.growth_gb", "cluster.", "tracking.", "eval.", "data.eval_",
-    "recovery.", "timeouts.", "overrides",
-    "method.classes",  # counted where it is "auto"
-)  # fmt: skip
 
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
@@ -103,23 +86,13 @@ class Journal:
             return None
         if self.config.resume == "anyway" or not any(self.folder.checkpoints.glob("step_*")):
             return None  # a run that never saved binds nobody
-        before, now = flat(OmegaConf.create(text)), flat(self.config)
-        free = tuple(key for key in FREE if key not in FOLLOWING or self._follows(key))
-        for key in sorted({**before, **now}, key=lambda key: (not key.startswith("model."), key)):
-            if before.get(key) != now.get(key) and not key.startswith(free):
-                old = flat_tree(OmegaConf.to_container(OmegaConf.create(text))).get(key)
-                new = flat_tree(published(self.config)).get(key)
-                return (
-                    f"{path} was started with {key}={old}, and now it is {new}: choose "
-                    "another name=, or resume=anyway to go on regardless"
-                )
-        return None
-
-    def _follows(self, key: str) -> bool:
-        """Whether the value of `key` is computed, or absent, and not given by hand."""
-        section, _, leaf = key.rpartition(".")
-        node = OmegaConf.select(self.config, section)
-        return node is None or leaf not in node or OmegaConf.is_interpolation(node, leaf)
+        if (found := binding.difference(text, self.config)) is None:
+            return None
+        key, old, new = found
+        return (
+            f"{path} was started with {key}={old}, and now it is {new}: choose another name=, or "
+            "resume=anyway to go on regardless"
+        )
 
     def resume(self, state: TrainState) -> None:
         """Make the run's folder, and take over its newest whole checkpoint, if there is one.
@@ -446,5 +419,4 @@ class Journal:
         self.reporter.write()
 
     def config_hash(self) -> str:
-        bound = {k: v for k, v in flat(self.config).items() if not k.startswith(FREE)}
-        return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        return binding.config_hash(self.config)

@@ -137,7 +137,7 @@ def test_the_guard_ends_a_run_whose_quality_falls(tmp_path):
     assert not start.judge({"knn_top1": 60.0}, 0).stops
     assert not start.judge({"knn_top1": 54.1}, 10).stops
     decision = start.judge({"knn_top1": 53.9}, 20)
-    assert decision.stops and decision.verdict == "quality fell"
+    assert decision.stops and decision.state == "quality fell"
     assert "k-NN fell from 60.0 %" in decision.text and "53.9 % after step 20" in decision.text
     start, said = begin(swav(), init=file_of(swav().trunk, tmp_path))
     assert not start.judge({"rank": 3.0}, 0).stops and "no labels" in said[-1]
