@@ -189,7 +189,11 @@ def test_every_yaml_lists_every_argument_of_what_it_builds():
             found = signature(node["_target_"])
             assert found is not None, (path, node["_target_"])
             given = set(node) - {"_target_", "_partial_"}
-            waits = {"params", "step", "lr", "weight_decay", "in_width"} if node.get("_partial_") else set()
+            waits = (
+                {"params", "step", "lr", "weight_decay", "in_width"}
+                if node.get("_partial_")
+                else set()
+            )
             assert set(found.names) - waits == given - waits, path
             seen += 1
     assert seen > 20
