@@ -2,10 +2,10 @@
 
     python benchmarks/dry_run.py [--strategy fsdp] [--model MODEL] [--ranks 512] [--out FILE]
 
-A rehearsal as `launch/plan.py` makes it (`selfsight.planning.rehearsal`). Printed are the bytes that
-are alive at once on a rank (weights, gradients, momentum, and the peak with activations), the work
-of one image, and what one rank hands to each kind of collective. Not counted: what the allocator,
-cuDNN and NCCL need for themselves.
+A rehearsal as `launch/plan.py` makes it (`selfsight.planning.rehearsal`). Printed are the bytes
+that are alive at once on a rank (weights, gradients, momentum, and the peak with activations), the
+work of one image, and what one rank hands to each kind of collective. Not counted: what the
+allocator, cuDNN and NCCL need for themselves.
 """
 
 import argparse

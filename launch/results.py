@@ -1,14 +1,29 @@
 """One table over runs: `python launch/results.py runs/* [--form md|csv|html] [--out FILE]`.
 
 Published numbers stand beside where evaluator and data are the same. `--study` shows what the runs
-of a multirun ended with instead.
+of a multirun ended with instead. As html, a page: also what differs between the runs, and their
+curves overlaid.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from selfsight.evals.table import collect, render, study
+from selfsight.evals.table import collect, html_table, render, study
+from selfsight.report.compare import comparison
+from selfsight.report.record import read
+
+
+def _compared(folders: list[Path], form: str) -> str:
+    """The table; as a page, with the runs' states, differences and curves where they are runs."""
+    runs = [folder for folder in folders if (folder / "config.yaml").is_file()]
+    if form != "html" or not runs:
+        return render(collect(folders), form)
+    try:
+        table = html_table(collect(folders))
+    except ValueError:  # none was evaluated
+        table = ""
+    return comparison([read(folder) for folder in runs], table)
 
 
 def main() -> int:
@@ -24,7 +39,7 @@ def main() -> int:
         return 2
     folders = [folder for folder in asked.folders if folder.is_dir()]
     try:
-        text = study(folders) if asked.study else render(collect(folders), form)
+        text = study(folders) if asked.study else _compared(folders, form)
     except ValueError as error:
         print(f"selfsight: {error}", file=sys.stderr)
         return 2

@@ -30,15 +30,12 @@ from selfsight.state import TrainState
 from selfsight.tracking import binding
 from selfsight.tracking.console import Console, duration
 from selfsight.tracking.export import trunk_metadata
-from selfsight.tracking.folder import RunFolder
+from selfsight.tracking.folder import OWN_FILES, RunFolder
 from selfsight.tracking.judge import Judge
 from selfsight.tracking.trackers import Trackers
 from selfsight.tracking.window import Clock
 from selfsight.tracking.wording import BEGINNINGS, comparison, figures_text, latest_figure
 
-# What a run's folder may hold before the run has written its configuration.
-OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
-OWN_FILES |= {"lease.json"}
 WARM_STEPS = 100  # no run is told that it does not learn before this, or a quarter of it
 
 
@@ -57,7 +54,7 @@ class Journal:
         self.console: Console | None = None
         self.trackers = Trackers()
         active = world.main and config.tracking.report
-        self.reporter = Reporter(self.folder.path, active=active, notice=lambda x: self._say(x))
+        self.reporter = Reporter(self.folder.path, active=active, notice=self._say)
         self.judge = Judge(warm_until=0)
         self.line: dict[str, Any] = {}
         self.rate: float | None = None
@@ -405,8 +402,7 @@ class Journal:
         )
 
     def _say(self, text: str) -> None:
-        assert self.console is not None
-        self.console.say(text)
+        (self.notice if self.console is None else self.console.say)(text)
 
     def _summarise(self, state: TrainState, status: str) -> None:
         self.folder.update_summary(

@@ -26,10 +26,9 @@ def video(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(array)
             if kind == "masks":
-                image = image.convert("P")
-            image.save(
-                folder / f"{number:05d}.{form}", **({"quality": 95} if form == "jpg" else {})
-            )
+                image.convert("P").save(folder / f"{number:05d}.{form}")
+            else:
+                image.save(folder / f"{number:05d}.{form}", quality=95)
     return tmp_path
 
 

@@ -1,6 +1,7 @@
 """What is planned, against closed forms and real updates."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_memory_is_that_of_a_real_update(more):
     assert found.gradients == 4 * found.trained
 
 
+@pytest.mark.slow
 def test_sharding_divides_the_states():
     whole = rehearse(configured(*REGNET), 4, 4)
     shared = rehearse(configured(*REGNET, "strategy=fsdp"), 4, 4)
@@ -72,8 +74,8 @@ def test_sharding_divides_the_states():
 
 
 def a_rehearsal(**more) -> Rehearsal:
-    plain = {"weights": 4, "gradients": 4, "optimizer": 4, "peak": 28, "ranks": 8, "images": 16}
-    plain |= {"parts": 1, "macs": {"convolutions": 500}, **more}
+    plain: dict[str, Any] = {"weights": 4, "gradients": 4, "optimizer": 4, "peak": 28}
+    plain |= {"ranks": 8, "images": 16, "parts": 1, "macs": {"convolutions": 500}, **more}
     return Rehearsal(**plain)
 
 

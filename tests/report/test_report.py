@@ -8,6 +8,7 @@ import torch
 
 from selfsight.build import compose
 from selfsight.config import check
+from selfsight.report.compare import comparison
 from selfsight.report.difference import Change, changes
 from selfsight.report.page import page
 from selfsight.report.record import read
@@ -130,3 +131,15 @@ def test_evaluations_stand_in_the_page(collapsed):
     (folder / "evals" / "other.json").write_text("[1]")
     text = write(folder).read_text()
     assert "61.25 [58, 64]" in text and "k 20 &lt;of&gt; 5" in text
+
+
+def test_runs_beside_each_other(collapsed, tmp_path):
+    _, folder = collapsed
+    one = read(folder)
+    other = read(folder)
+    other.name, other.config = "<other>", {**one.config, "method.epsilon": 0.5}
+    text = comparison([one, other])
+    Structure(text)
+    assert "method.epsilon" in text and "method.temperature" not in text
+    assert "&lt;other&gt;" in text and text.count('class="curve"') >= 6
+    assert "configurations are equal" in comparison([one, one])

@@ -1,10 +1,10 @@
 """Label propagation through a video by features alone, and how well the outlines fit.
 
 Protocol of DINO (Caron et al. 2021, section 4.2.1) after "Space-Time Correspondence as a
-Contrastive Random Walk" (Jabri et al. 2020): each place of a frame takes the labels of the places it
-is most like in the first frame and some previous ones, near to where it is. The measures are those of DAVIS
-(Perazzi et al. 2016): J, the overlap of region and truth, and F, how much of the outlines meet
-within 0.8 % of the image's diagonal.
+Contrastive Random Walk" (Jabri et al. 2020): each place of a frame takes the labels of the places
+it is most like in the first frame and some previous ones, near to where it is. The measures are
+those of DAVIS (Perazzi et al. 2016): J, the overlap of region and truth, and F, how much of the
+outlines meet within 0.8 % of the image's diagonal.
 
 Shapes: h x w places of a frame, n = h * w; C classes, the first one the background.
 """

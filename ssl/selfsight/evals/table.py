@@ -15,6 +15,7 @@ from selfsight.config import flat
 from selfsight.evals.intervals import Figure, repeated
 from selfsight.evals.published import beside
 from selfsight.evals.reporting import read_results
+from selfsight.pages.parts import document
 
 NOT_VARIED = ("name", "runs_dir", "cluster.chosen")
 MOST_KEYS = 6  # of a study's configuration that its table shows
@@ -96,8 +97,10 @@ def collect(folders: Sequence[Path]) -> Table:
 
 
 def render(table: Table, form: str) -> str:
-    """The table as `md`, `csv` or `html`."""
-    return {"md": _markdown, "csv": _csv, "html": _html}[form](table)
+    """The table as `md`, `csv` or `html`, a page."""
+    if form == "html":
+        return document("Evaluations", f"<h1>Evaluations</h1>{html_table(table)}")
+    return {"md": _markdown, "csv": _csv}[form](table)
 
 
 def _cells(table: Table) -> Iterable[tuple[str, list[str]]]:
@@ -166,21 +169,14 @@ def _csv(table: Table) -> str:
     return file.getvalue()
 
 
-_STYLE = (
-    "body{font:14px/1.4 system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
-    "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}.best{font-weight:bold}small{color:#666}"
-)
+def html_table(table: Table) -> str:
+    """The table as part of a page."""
 
-
-def _html(table: Table) -> str:
     def row(cells: Iterable[str], tag: str = "td") -> str:
         return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
 
-    lines = [
-        f"<!doctype html><meta charset=utf-8><title>Evaluations</title><style>{_STYLE}</style>"
-    ]
-    lines += ["<table>", row(("trunk", *(html.escape(str(c)) for c in table.columns)), "th")]
+    names = (html.escape(str(c)) for c in table.columns)
+    lines = ['<div class="card scroll"><table>', row(("trunk", *names), "th")]
     best = {
         column: max(
             cells[column].figure(column.figure).value
@@ -202,14 +198,16 @@ def _html(table: Table) -> str:
                 value += f" <small>[{figure.low:.1f}, {figure.high:.1f}]</small>"
             texts.append(f"<span title='{html.escape(cell.protocol, True)}'>{value}</span>")
         lines.append(row((html.escape(name), *texts)))
-    lines += ["</table><p>95 % intervals; the protocol is shown over a number.</p>"]
+    words = "95 % intervals; the protocol is shown over a number."
+    lines += [f'</table></div><p class="faint">{words}</p>']
     if published := _published(table):
-        lines += ["<h2>Published</h2><table>", row(("model", "column", "value", "source"), "th")]
+        lines += ['<h2>Published</h2><div class="card scroll"><table>']
+        lines += [row(("model", "column", "value", "source"), "th")]
         lines += [
             row((html.escape(m), html.escape(c), str(v), html.escape(s)))
             for m, c, v, s in published
         ]
-        lines += ["</table>"]
+        lines += ["</table></div>"]
     return "\n".join(lines) + "\n"
 
 

@@ -67,6 +67,8 @@ figcaption { font-size: .72rem; text-align: center; }
 .views img { display: block; border-radius: 4px; }
 .views .whole { width: 104px; height: 104px; object-fit: contain; background: #8883; }
 .views .gap { width: 10px; }
+.best { font-weight: 650; }
+small { color: var(--faint); }
 code { font-size: .86em; overflow-wrap: anywhere; }
 details > summary { cursor: pointer; margin: 10px 0; color: var(--faint); }
 svg.chart { display: block; width: 100%; height: auto; overflow: visible; }

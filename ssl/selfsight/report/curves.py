@@ -30,10 +30,10 @@ INITIAL = "_random_init"
 
 def curves(metrics: Sequence[Mapping[str, Any]], prototypes: int | None) -> Iterator[str]:
     """A card for each figure of the log that changes; those not known above come last."""
-    columns = _columns(metrics)
+    held = columns(metrics)
     drawn: set[str] = set()
     for title, names, how in CHARTS:
-        found = [Series(_words(n), *columns[n]) for n in names if n in columns]
+        found = [Series(_words(n), *held[n]) for n in names if n in held]
         drawn.update(names)
         if title == "updates left out" and not any(v for s in found for v in s.y):
             continue
@@ -44,22 +44,22 @@ def curves(metrics: Sequence[Mapping[str, Any]], prototypes: int | None) -> Iter
             levels = [(math.log(prototypes), f"ln {prototypes}")]
         if found:
             yield chart(title, found, levels=levels, **how)
-    for name in sorted(set(columns) - drawn - NOT_DRAWN):
-        if len(set(columns[name][1])) > 1:
-            yield chart(_words(name), [Series(_words(name), *columns[name])])
+    for name in sorted(set(held) - drawn - NOT_DRAWN):
+        if len(set(held[name][1])) > 1:
+            yield chart(_words(name), [Series(_words(name), *held[name])])
 
 
-def _columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+def columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
     """Steps and values of each figure. What was measured at initialisation is its first value."""
-    columns: dict[str, tuple[list[float], list[float]]] = {}
+    found: dict[str, tuple[list[float], list[float]]] = {}
     for line in metrics:
         for name, value in line.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            steps, values = columns.setdefault(name.removesuffix(INITIAL), ([], []))
+            steps, values = found.setdefault(name.removesuffix(INITIAL), ([], []))
             steps.append(line["step"])
             values.append(value)
-    return columns
+    return found
 
 
 def _words(name: str) -> str:

@@ -93,7 +93,7 @@ def image_map(record: Record) -> Iterator[str]:
     dots, thumbnails = [], []
     for index, (x, y) in enumerate(places):
         cell = (int(x * (MAP_COLUMNS - 1)), int(y * (MAP_ROWS - 1)))
-        left, top = 3.5 + 93 * x, 4.5 + 91 * (1 - y)
+        left, top = 4 + 92 * x, 4.5 + 91 * (1 - y)
         where = f"left:{left:.2f}%;top:{top:.2f}%"
         if cell in taken or len(taken) >= MAP_THUMBNAILS:
             dots.append(f'<i class="dot" style="{where}"></i>')

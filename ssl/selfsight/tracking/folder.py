@@ -28,6 +28,10 @@ VERSIONS = (
     "safetensors", "hydra-core",
 )  # fmt: skip
 
+# What a run's folder may hold before the run has written its configuration.
+OWN_FILES = {"checkpoints", "ledger.jsonl", "stream.jsonl", "code", "jobs", "job.json", "stop"}
+OWN_FILES |= {"lease.json"}
+
 
 class RunFolder:
     """Paths of a run and the files that are rewritten whole or appended to.

@@ -98,6 +98,7 @@ def _frames(path: Path, form: PixelFormat, most: int, seconds: float) -> list[Na
             "give a folder of its frames"
         )
     import av  # pyright: ignore[reportMissingImports]  (an extra)
+    from av.error import FFmpegError  # pyright: ignore[reportMissingImports]
 
     found: list[Named] = []
     try:
@@ -113,6 +114,6 @@ def _frames(path: Path, form: PixelFormat, most: int, seconds: float) -> list[Na
                 wanted = time + seconds
                 if len(found) == most:
                     break
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise ConfigError(f"{path} cannot be read as a video: {error}") from None
     return found
