@@ -62,7 +62,8 @@ def test_equals_torchvision(name):
 
 def test_torchvisions_wide_resnet_is_a_wider_group():
     with torch.device("meta"):
-        ours = ResNet(**arguments_of("resnet50") | {"group_width": 128})
+        wider: Any = arguments_of("resnet50") | {"group_width": 128}
+        ours = ResNet(**wider)
         theirs: Any = torchvision.models.wide_resnet50_2()
         theirs.fc = torch.nn.Identity()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
