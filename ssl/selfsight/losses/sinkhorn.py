@@ -40,7 +40,7 @@ def sinkhorn(
     *,
     epsilon: float,
     iterations: int,
-    global_samples: int | None = None,
+    global_samples: int | Tensor | None = None,
     sum_over_ranks: Callable[[Tensor], Tensor] = identity,
     method: str = "auto",
 ) -> Tensor:
@@ -52,8 +52,9 @@ def sinkhorn(
             prototypes. Cosines of half precision are refused: their error is divided by `epsilon`.
         epsilon: weight of the entropy; smaller is sharper. At least 0.002 in the log form.
         iterations: normalisations of prototypes and samples, at least 1.
-        global_samples: samples of all ranks together, B if not given. The assignments do not
-            depend on it; it keeps the factors near 1.
+        global_samples: samples of all ranks together, B if not given; a number, or a scalar on the
+            scores' device that is not read by the host. The assignments do not depend on it; it
+            keeps the factors near 1. It must be the same on all ranks.
         sum_over_ranks: returns the sum of a tensor over all ranks, in a tensor that may be changed.
             Every rank calls it equally often: `iterations` times with (A, 1, K) values in the
             scaling form, once more in the log form.
@@ -94,12 +95,12 @@ def _scaling(
     scores: Tensor,
     epsilon: float,
     iterations: int,
-    samples: int,
+    samples: int | Tensor,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
     crops, local_samples, prototypes = scores.shape
     # Mass of B a prototype and K a sample, so that both vectors of factors are centred at 1.
-    prototype_mass = scores.new_full((), float(samples))
+    prototype_mass = scores.new_ones(()) * samples
     sample_mass = scores.new_full((), float(prototypes))
     # A total of zero would need cosines outside [-1, 1]; even then nothing is divided by it.
     tiny = torch.finfo(scores.dtype).tiny
@@ -120,11 +121,11 @@ def _log(
     scores: Tensor,
     epsilon: float,
     iterations: int,
-    samples: int,
+    samples: int | Tensor,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
     logits = scores / epsilon
-    log_share = torch.log(scores.new_full((), samples / scores.shape[2]))
+    log_share = torch.log(scores.new_ones(()) * samples / scores.shape[2])
 
     # The first totals span exp(-1 / epsilon) to exp(1 / epsilon), too much to add up over ranks as
     # they are. A root of them fits in float32, and the sum of the roots gives a shift that all

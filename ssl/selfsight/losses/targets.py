@@ -61,13 +61,14 @@ class Targets(nn.Module):
         """
         if self.centring == "sinkhorn":
             flat = scores.flatten(0, -2)[None]
+            count = scores.new_full(
+                (), float(flat.shape[1])
+            )  # of masked patches ranks differ in it
             codes = sinkhorn(
                 flat,
                 epsilon=temperature,
                 iterations=self.iterations,
-                # The true number, of all ranks, cancels. What stands for it must be the same on
-                # all of them, which the number of masked patches is not.
-                global_samples=flat.shape[2],
+                global_samples=collectives.all_reduce_sum(count).clamp(min=1),
                 sum_over_ranks=collectives.all_reduce_sum,
             )
             return codes.view(scores.shape)

@@ -4,8 +4,6 @@ their own it is the loss of DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
 
 Differences from the released codes, beside those of `teacher_student.py`:
 - Which patches are masked depends on seed, sample and crop alone (`data/block_masks.py`).
-- Sinkhorn over masked patches: their number on all ranks, which DINOv2 exchanges, cancels; only
-  sums over prototypes are exchanged.
 - The centre of patches is the mean over all masked patches of the global batch, not a mean of the
   ranks' means.
 - KoLeo looks for neighbours on all ranks; DINOv2 on each GPU. Under gradient accumulation, within
