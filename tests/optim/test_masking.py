@@ -148,7 +148,7 @@ def test_a_step_reads_nothing_from_the_device(kind: type):
 def test_the_yaml_lists_every_argument(name: str):
     """All but the rate and the decay, which the loop and the groups set."""
     node = OmegaConf.load(CONF / f"{name}.yaml")
-    rates = {"layer_decay", "patch_embed_lr_factor"}
+    rates = {"layer_decay", "patch_embed_lr_factor", "trunk_lr_factor"}
     assert set(node) == {"weight_decay", "exclude_bias_and_norm", "optimizer", *rates}
     optimizer = dict(node.optimizer)
     module, _, attribute = optimizer.pop("_target_").rpartition(".")

@@ -309,8 +309,11 @@ def _vit_hints(
     return hints | json.loads(file.metadata.get("vit", "{}"))  # of a file that we wrote
 
 
-def _pixels(file: WeightFile, layout: Layout) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Mean and deviation that the weights expect, and where that is known from."""
+Pixels = tuple[tuple[float, ...], tuple[float, ...], str]
+
+
+def stated_pixels(file: WeightFile) -> Pixels | None:
+    """Mean and deviation that the file, or one beside it, says its weights expect; and which."""
     own = {k: json.loads(file.metadata[k]) for k in ("mean", "std") if k in file.metadata}
     known = [
         (own, "mean", "std", "the file"),
@@ -320,6 +323,13 @@ def _pixels(file: WeightFile, layout: Layout) -> tuple[tuple[float, ...], tuple[
     for place, mean, std, source in known:
         if isinstance(place, Mapping) and mean in place and std in place:
             return tuple(map(float, place[mean])), tuple(map(float, place[std])), source
+    return None
+
+
+def _pixels(file: WeightFile, layout: Layout) -> Pixels:
+    """Mean and deviation that the weights expect, and where that is known from."""
+    if (stated := stated_pixels(file)) is not None:
+        return stated
     origin = str(file.config.get("_name_or_path", ""))
     if file.config.get("model_type") == "vit" and "dino" not in origin:
         return *HALF, "assumed: Google's, 0.5"

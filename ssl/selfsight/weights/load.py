@@ -17,7 +17,14 @@ from selfsight.build import build
 from selfsight.trunks.libraries import TimmTrunk, TorchvisionTrunk
 from selfsight.trunks.trunk import Trunk
 from selfsight.weights.files import WeightFile, WeightsError, read_weights
-from selfsight.weights.layouts import IMAGENET, Found, detect, flatten, without_words
+from selfsight.weights.layouts import (
+    IMAGENET,
+    Found,
+    detect,
+    flatten,
+    stated_pixels,
+    without_words,
+)
 from selfsight.weights.report import Report
 
 _COUNTERS = "num_batches_tracked"  # BatchNorm's; older files lack them, and nothing depends on them
@@ -105,13 +112,9 @@ def find(file: WeightFile, prefer: str = "teacher") -> Found:
             raise
         kind = file.metadata.get("library", "TimmTrunk")
         node = {"_target_": f"selfsight.trunks.libraries.{kind}", "name": name}
-        pretrained = file.config.get("pretrained_cfg") or {}
-        mean, std = (
-            tuple(pretrained.get(k, v)) for k, v in zip(("mean", "std"), IMAGENET, strict=True)
-        )
-        return Found(
-            "timm", "library", {}, node, dict(flatten(file.content)), 0, mean, std, "config.json"
-        )
+        pixels = stated_pixels(file) or (*IMAGENET, "assumed: ImageNet's")
+        content = dict(flatten(file.content))
+        return Found("timm", "library", {}, node, content, 0, *pixels)
 
 
 def _own(file: WeightFile, prefer: str) -> Found:
