@@ -225,9 +225,13 @@ def spikes(place: Place, trials: int) -> Row:
     for n in range(trials):
         fault = {"kind": "lr", "step": 30 + n % 9, "steps": 5, "factor": 1000.0}
         ended = place.run(f"spike{n}", *more, f"seed={n}", size=1, fault=fault)
-        back += "skipped" in ended.text
-        held += ended.statuses == [0] and _last_losses(place, f"spike{n}") < band
-    return min(held, back), trials, f"runs that ended in the baseline's band; {back} went back"
+        went_back = "skipped" in ended.text
+        end = _last_losses(place, f"spike{n}")
+        back += went_back
+        held += ended.statuses == [0] and end < band
+        if end >= band or not went_back:
+            print(f"   run {n}: {ended.statuses} {went_back=} ended at {end:.3f}, band {band:.3f}")
+    return held, trials, f"runs that ended in the baseline's band; {back} of them went back"
 
 
 def _last_losses(place: Place, name: str) -> float:
