@@ -14,6 +14,7 @@ The guard sees only what all ranks agree on, so all decide the same, and its sta
 checkpoint. Batches with such numbers are listed in `bad_batches.jsonl` in the run's folder.
 """
 
+import itertools
 import json
 import math
 import os
@@ -62,8 +63,10 @@ class Guard:
     Args:
         after: so many bad updates in a row lead back.
         attempts: to go back, until `forgiven` good updates in a row wipe them out.
-        spike: a loss so many robust standard deviations above the median is bad; None: none is.
-        window: losses that median and spread are taken over.
+        spike: a loss so many robust standard deviations above the median of the last ones is bad;
+            None: none is. The deviation is that of the noise: from the median step between
+            neighbouring losses, so that a loss which falls steadily does not widen it.
+        window: losses that the deviation is taken over.
         forgiven: see `attempts`.
         verdict: what a bad state of the run leads to: nothing (`go_on`), `stop`, or `roll_back` to
             before it began, as often as the attempts allow.
@@ -156,8 +159,10 @@ class Guard:
     def _score(self, loss: float) -> float:
         if len(self.losses) < LEAST_LOSSES:
             return 0.0
-        middle = statistics.median(self.losses)
-        spread = 1.4826 * statistics.median(abs(x - middle) for x in self.losses)
+        middle = statistics.median(self.losses[-LEAST_LOSSES:])
+        # of the steps from loss to loss, in which a falling loss shows little
+        steps = [abs(b - a) for a, b in itertools.pairwise(self.losses)]
+        spread = 1.4826 / math.sqrt(2) * statistics.median(steps)
         return (loss - middle) / max(spread, 1e-3 * abs(middle), 1e-12)
 
     def _verdict(self, what: str) -> str:
