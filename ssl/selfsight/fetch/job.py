@@ -10,6 +10,7 @@ A kill between any two of these steps is made good by the next start.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import resource
 import signal
@@ -88,6 +89,7 @@ class FetchJob:
             ) from None
         self._progress = Progress(self._settings.progress)
         self._unreachable = 0  # in a row
+        self._writers: set[ShardWriter] = set()
         _allow_open_files()
         # One thread does all writing, so that shards and state need no locks.
         self._disk = ThreadPoolExecutor(1, "selfsight-disk")
@@ -103,6 +105,9 @@ class FetchJob:
         finally:
             self._disk.shutdown()
             self._reader.shutdown()
+            for writer in self._writers:  # opened for a task that was ended meanwhile
+                with contextlib.suppress(OSError):
+                    writer.suspend()
             self._progress.close()
             lock.close()
         print(table(report), flush=True)
@@ -175,7 +180,7 @@ class FetchJob:
         """Settle the rows of one shard."""
         number = rows[0].number // self._settings.shard_size
         repeated = await self._write(lambda: self._state.repeated(rows))
-        writer = await self._write(lambda: ShardWriter(self._folder, number))
+        writer = await self._write(lambda: self._open(number))
         shard = _Shard(writer, repeated)
         try:
             async with asyncio.TaskGroup() as group:
@@ -195,6 +200,12 @@ class FetchJob:
             await self._write(writer.suspend)
             raise
         await self._write(lambda: self._complete(number, len(rows), shard))
+        self._writers.discard(writer)
+
+    def _open(self, number: int) -> ShardWriter:
+        writer = ShardWriter(self._folder, number)
+        self._writers.add(writer)
+        return writer
 
     async def _one(self, downloader: Downloader, shard: _Shard, row: Row) -> None:
         if not row.url:

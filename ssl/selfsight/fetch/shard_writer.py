@@ -40,7 +40,11 @@ class ShardWriter:
         self.image_bytes = 0
         descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o644)
         self._file = os.fdopen(descriptor, "r+b")
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
 
     def add(self, row: int, data: bytes, extension: str, entry: dict[str, Any]) -> None:
         """Append an image and its entry, which holds its `sha256`."""
