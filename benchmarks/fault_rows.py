@@ -262,16 +262,22 @@ def workers(place: Place, trials: int) -> Row:
     """A loader process is killed or stopped: replaced, no sample lost or doubled."""
     place.finish("loaded", *LENGTH, size=1)
     whole = place.sums("loaded", 8)
-    held, slowest = 0, 0.0
+    held, passed, slowest = 0, 0, 0.0
     for n in range(trials):
         number = (signal.SIGKILL, signal.SIGSTOP)[n % 2]
         fault = {"kind": "worker", "site": SITES[n % 3], "step": 1 + n % 5, "rank": 0,
                  "signals": [int(number)]}  # fmt: skip
         more = ["loader.workers=2", "loader.decode_seconds=3", "loader.fetch_seconds=3"]
         ended = place.run(f"worker{n}", *LENGTH, *more, size=1, fault=fault)
-        held += ended.statuses == [0] and place.sums(f"worker{n}", 8) == whole
+        # a sample at which a process was stopped is passed over, and listed: other bits, rightly
+        ledger = place.folder / "runs" / f"worker{n}" / "ledger.jsonl"
+        listed = ledger.read_text().count("took more than 3 s") if ledger.exists() else 0
+        same = place.sums(f"worker{n}", 8) == whole
+        held += ended.statuses == [0] and (same if listed == 0 else listed == 1)
+        passed += listed
         slowest = max(slowest, *ended.after_fault)
-    return held, trials, f"runs with the same bits; slowest end after the fault {slowest:.1f} s"
+    remark = f"runs with the same bits, or ({passed}) one sample listed and passed over"
+    return held, trials, f"{remark}; slowest end after the fault {slowest:.1f} s"
 
 
 def positions(place: Place, trials: int) -> Row:
