@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from selfsight.build import compose
 from selfsight.cluster.local import launch
 from selfsight.config import check
 from selfsight.distributed import preempt
+from selfsight.methods.method import Method
 from selfsight.train import pretrain
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = ("images_per_second", "data_wait", "seconds", "memory_gb")
@@ -74,6 +78,26 @@ def run_here(overrides: list[str]) -> dict[str, Any]:
     finally:
         torch.use_deterministic_algorithms(False)
         preempt.disarm()  # or TERM would never end pytest
+
+
+def spoil_pixels(monkeypatch: "pytest.MonkeyPatch", kind: type[Method], step: int) -> None:
+    """Have the pixels of one update not be finite, in runs of a method in this process."""
+    forward, normalize = kind.forward, kind.normalize_pixels
+    spoils = False
+
+    def broken(self, batch, now, plan=None):
+        nonlocal spoils
+        spoils = now.step == step
+        try:
+            return forward(self, batch, now, plan)
+        finally:
+            spoils = False
+
+    def normalized(self, images):
+        return normalize(self, images) * (float("nan") if spoils else 1.0)
+
+    monkeypatch.setattr(kind, "forward", broken)
+    monkeypatch.setattr(kind, "normalize_pixels", normalized)
 
 
 def start(overrides: list[str]) -> subprocess.Popen[str]:

@@ -13,6 +13,7 @@ from tests.runs import (
     read_lines,
     run_command,
     run_here,
+    spoil_pixels,
 )
 from tests.test_train import difference, state
 
@@ -106,21 +107,8 @@ def test_what_is_exported_is_the_teacher(data, tmp_path, capsys):
 
 
 def test_numbers_that_are_not_finite_reach_neither_student_nor_teacher(data, tmp_path, monkeypatch):
-    forward, normalize = DINO.forward, DINO.normalize_pixels
-    bad_step, spoils = 3, [False]
-
-    def broken(self, batch, now, plan=None):
-        spoils[0] = now.step == bad_step
-        try:
-            return forward(self, batch, now, plan)
-        finally:
-            spoils[0] = False
-
-    def normalized(self, images):
-        return normalize(self, images) * (float("nan") if spoils[0] else 1.0)
-
-    monkeypatch.setattr(DINO, "forward", broken)
-    monkeypatch.setattr(DINO, "normalize_pixels", normalized)
+    bad_step = 3
+    spoil_pixels(monkeypatch, DINO, bad_step)
     more = [*DINO_, "steps=5", "checkpoint.every=1", "checkpoint.keep=9"]
     summary = run_here(command(data, tmp_path, "bad", *more))
     before, after = state(tmp_path, "bad", bad_step), state(tmp_path, "bad", bad_step + 1)

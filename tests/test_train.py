@@ -17,6 +17,7 @@ from tests.runs import (
     read_lines,
     run_command,
     run_here,
+    spoil_pixels,
 )
 
 QUEUE = ["method.queue_length=16", "method.queue_start_step=3"]
@@ -134,22 +135,9 @@ def test_numbers_that_are_not_finite_never_reach_the_weights(
 ):
     """Pixels that are not finite at one step: that update is left out, counted, and told, and
     BatchNorm's running statistics are as before."""
-    forward, normalize = SwAV.forward, SwAV.normalize_pixels
-    bad_step, spoils = 4, [False]
-
-    def broken(self, batch, now, plan=None):
-        spoils[0] = now.step == bad_step
-        try:
-            return forward(self, batch, now, plan)
-        finally:
-            spoils[0] = False
-
-    def normalized(self, images):
-        return normalize(self, images) * (float("nan") if spoils[0] else 1.0)
-
+    bad_step = 4
+    spoil_pixels(monkeypatch, SwAV, bad_step)
     more = [*QUEUE, f"precision={precision}", "checkpoint.every=1", "checkpoint.keep=20"]
-    monkeypatch.setattr(SwAV, "forward", broken)
-    monkeypatch.setattr(SwAV, "normalize_pixels", normalized)
     summary = run_here(arguments(data, tmp_path, "bad", *more))
     before, after = state(tmp_path, "bad", bad_step), state(tmp_path, "bad", bad_step + 1)
     learnt = [k for k in before if k.startswith("optimizer/") or k == "method/queue"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -86,20 +86,6 @@ def callable_children(module: nn.Module) -> Iterator[nn.Module]:
             yield from callable_children(child)
         else:
             yield child
-
-
-def sharded_modules(module: nn.Module) -> list[FSDPModule]:
-    """The groups of `module`, itself among them."""
-    return [m for m in module.modules() if isinstance(m, FSDPModule)]
-
-
-def gathered_bytes(module: nn.Module, dtype: torch.dtype | None, units: Sequence[nn.Module]) -> int:
-    """Bytes of one gathering of all weights: what a rank would receive and hold at once."""
-    inside: set[Tensor] = {p for unit in units for p in unit.parameters()}
-    return sum(
-        p.numel() * (dtype.itemsize if dtype and p in inside else p.element_size())
-        for p in module.parameters()
-    )
 
 
 def _settle(method: nn.Module) -> None:

@@ -61,9 +61,8 @@ class Targets(nn.Module):
         """
         if self.centring == "sinkhorn":
             flat = scores.flatten(0, -2)[None]
-            count = scores.new_full(
-                (), float(flat.shape[1])
-            )  # of masked patches ranks differ in it
+            # ranks differ in the number of masked patches
+            count = scores.new_full((), float(flat.shape[1]))
             codes = sinkhorn(
                 flat,
                 epsilon=temperature,
